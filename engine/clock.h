@@ -1,0 +1,36 @@
+#ifndef RESA_ENGINE_CLOCK_H_
+#define RESA_ENGINE_CLOCK_H_
+
+// The engine's only source of time, so that the simulation can hold it in its hand.
+
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+
+namespace resa::engine {
+
+// Thread-safe.
+class Clock {
+ public:
+  virtual ~Clock() = default;
+  virtual absl::Time Now() = 0;
+};
+
+class RealClock final : public Clock {
+ public:
+  absl::Time Now() override { return absl::Now(); }
+};
+
+// Advances only when told to. Thread-compatible.
+class ManualClock final : public Clock {
+ public:
+  explicit ManualClock(absl::Time start) : now_(start) {}
+  absl::Time Now() override { return now_; }
+  void Advance(absl::Duration by) { now_ += by; }
+
+ private:
+  absl::Time now_;
+};
+
+}  // namespace resa::engine
+
+#endif  // RESA_ENGINE_CLOCK_H_

@@ -10,8 +10,10 @@
 #include <memory>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/types/span.h"
 #include "engine/clock.h"
 #include "engine/executor.h"
 #include "engine/inbox.h"
@@ -63,50 +65,72 @@ class Engine {
   bool Step();
   // Turns until Stop(); sleeps while there is nothing to do.
   void Run();
-  // CHECKs the invariants of pool and sequences (free + owned pages, reference counts, rectified_len
+  // CHECKs the invariants of pool and sequences (free + owned pages, reference counts,
+  // rectified_len
   // <= kv_len <= tokens). Cost: linear in pages; run when idle and by tests after every step.
   void CheckInvariants() const;
 
   // For the simulation's checker and for tests; engine thread only.
   const KvPool& pool() const { return pool_; }
+  // Its indices are into the sequences as they were before the step's finished ones were forgotten.
   const StepPlan& last_plan() const { return plan_; }
-  std::vector<const Sequence*> sequences() const;
+  absl::Span<const std::unique_ptr<Sequence>> sequences() const { return sequences_; }
 
  private:
-  struct LiveRequest;
+  // An accepted request until its last output has ended.
+  struct LiveRequest {
+    std::unique_ptr<Request> request;
+    int32_t outputs_left = 0;
+    bool queued = true;  // Counts as waiting in the inbox.
+  };
 
-  void DrainInbox();
-  void Accept(std::unique_ptr<Request> request);
+  // A step, in order.
+  void ReadMail();
   void ExpireDeadlines();
   void ApplyPlan();
+  void GivePages(Sequence* sequence, const Work& work);
   void Execute();
-  void PostProcess();
-  void TakeToken(Sequence* sequence, const kernels::SampleResult& sample);
-  void ForkSiblings(Sequence* parent);
-  void Finish(Sequence* sequence, FinishReason reason);
-  void EndRequest(LiveRequest* live, const absl::Status& status);
+  void PostProcess(absl::Time start);
   void Retire();
-  void PublishLoad();
+  void PublishLoad(bool progress);
+
+  void Accept(std::unique_ptr<Request> request);
+  void Begin(Sequence* sequence);
+  void ForkSiblings(const Sequence& first);
+  void CountWork(Sequence* sequence, const Work& work, StepReport* report);
+  void TakeToken(Sequence* sequence, const kernels::SampleResult& sample);
+  void Finish(Sequence* sequence, Finished finished);
+  void EndRequest(RequestId id, const absl::Status& status);
+  void LeaveQueue(LiveRequest* live);
+  void ReleasePages(Sequence* sequence);
+  bool EndsOutput(const Sequence& sequence, int32_t token) const;
 
   // Constant after construction.
   const EngineOptions options_;
   const Tokenizer* const tokenizer_;
   Executor* const executor_;
   Clock* const clock_;
-  EngineObserver* const observer_;
+  EngineObserver* const observer_;  // Never null.
 
   Inbox inbox_;
+  std::atomic<uint64_t> next_id_{1};
+  std::atomic<bool> stop_{false};
 
   // Engine thread only.
+  Mail mail_;
   KvPool pool_;
-  std::vector<std::unique_ptr<LiveRequest>> live_;       // In order of arrival.
-  std::vector<std::unique_ptr<Sequence>> sequences_;     // In order of arrival, then index.
+  Scheduler scheduler_;
+  absl::flat_hash_map<RequestId, LiveRequest> live_;
+  std::vector<std::unique_ptr<Sequence>> sequences_;  // In order of arrival, then index.
+  std::vector<const Sequence*> view_;                 // The same, for the scheduler.
   StepPlan plan_;
-  std::vector<SegmentInput> segments_;
   std::vector<PageCopy> copies_;
+  std::vector<SegmentInput> segments_;
   StepOutput output_;
+  absl::Status step_status_;
   int64_t step_count_ = 0;
   uint64_t next_order_ = 0;
+  EngineLoad totals_;  // What PublishLoad copies to load_.
 
   mutable absl::Mutex load_mutex_;
   EngineLoad load_ ABSL_GUARDED_BY(load_mutex_);

@@ -23,7 +23,7 @@ struct StepReport {
   int32_t rectification_rows = 0;
   int32_t rectifications = 0;
   int32_t prefill_sequences = 0;
-  int32_t stalled = 0;       // Due windows that found no room.
+  int32_t stalled = 0;  // Due windows that found no room.
   int32_t preemptions = 0;
   int32_t tokens_emitted = 0;
 };
@@ -40,21 +40,21 @@ class EngineObserver {
   virtual void OnRectification(int32_t /*rows*/, int32_t /*delay_steps*/) {}
   // A sparse decode row attended to `kept` of `total` blocks.
   virtual void OnSparseRow(int32_t /*kept*/, int32_t /*total*/) {}
-  virtual void OnPromptTokens(int32_t /*count*/) {}           // When a request is first scheduled.
+  virtual void OnPromptTokens(int32_t /*count*/) {}  // When a request is first scheduled.
   virtual void OnFirstToken(absl::Duration /*since_arrival*/) {}
   virtual void OnNextToken(absl::Duration /*since_last*/) {}
-  virtual void OnFinished(const Finished&) {}                 // Once per output.
-  virtual void OnError(const absl::Status&) {}                // Once per request.
+  virtual void OnFinished(const Finished&) {}   // Once per output.
+  virtual void OnError(const absl::Status&) {}  // Once per request.
   virtual void OnRejected(RejectReason) {}
 };
 
 // A snapshot for GetLoad and gauges.
 struct EngineLoad {
-  int32_t running = 0;          // Sequences that take part in steps.
-  int32_t waiting = 0;          // Accepted, not running yet, or preempted.
+  int32_t running = 0;  // Sequences that take part in steps.
+  int32_t waiting = 0;  // Accepted, not running yet, or preempted.
   int64_t pages_total = 0;
-  int64_t pages_used = 0;       // Owned by sequences, shared ones counted once.
-  int64_t steps = 0;            // Since start.
+  int64_t pages_used = 0;  // Owned by sequences, shared ones counted once.
+  int64_t steps = 0;       // Since start.
   int64_t tokens_generated = 0;
   int64_t preemptions = 0;
   absl::Time last_progress = absl::InfinitePast();  // End of the last step that ran a segment.

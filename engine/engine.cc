@@ -1,0 +1,496 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/check.h"
+
+namespace resa::engine {
+namespace {
+
+constexpr absl::Duration kIdleWait = absl::Seconds(1);
+
+EngineObserver* NullObserver() {
+  static EngineObserver* const observer = new EngineObserver;
+  return observer;
+}
+
+TokenLogprob LogprobOf(const kernels::SampleResult& sample) {
+  TokenLogprob logprob;
+  logprob.logprob = sample.logprob;
+  logprob.top.reserve(sample.num_top);
+  for (int32_t i = 0; i < sample.num_top; ++i) {
+    logprob.top.emplace_back(sample.top_ids[i], sample.top_logprobs[i]);
+  }
+  return logprob;
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options, const Tokenizer* tokenizer, Executor* executor,
+               Clock* clock, EngineObserver* observer)
+    : options_(options),
+      tokenizer_(tokenizer),
+      executor_(executor),
+      clock_(clock),
+      observer_(observer != nullptr ? observer : NullObserver()),
+      inbox_(options.max_waiting),
+      pool_(options.num_pages),
+      scheduler_(options.scheduler) {
+  RESA_CHECK_LE(options.limits.pool_tokens, int64_t{options.num_pages} * kernels::kPageTokens);
+  PublishLoad(/*progress=*/false);
+}
+
+Engine::~Engine() {
+  StartDraining();
+  AbortAll();
+  ReadMail();
+  Retire();
+}
+
+// ---- any thread ----
+
+absl::StatusOr<RequestId> Engine::Submit(std::unique_ptr<Request> request) {
+  RESA_CHECK(request->sink != nullptr);
+  absl::Status status = ValidateRequest(*request, options_.limits);
+  if (status.ok() && tokenizer_ == nullptr && !request->stop.strings.empty()) {
+    status = absl::InvalidArgumentError("stop.strings: this engine has no tokenizer");
+  }
+  if (!status.ok()) {
+    observer_->OnRejected(absl::IsOutOfRange(status) ? RejectReason::kTooLong
+                                                     : RejectReason::kInvalid);
+    return status;
+  }
+  const RequestId id{next_id_.fetch_add(1, std::memory_order_relaxed)};
+  request->id = id;
+  request->arrival = clock_->Now();
+  status = inbox_.Push(std::move(request));
+  if (!status.ok()) {
+    observer_->OnRejected(absl::IsUnavailable(status) ? RejectReason::kDraining
+                                                      : RejectReason::kQueueFull);
+    return status;
+  }
+  return id;
+}
+
+void Engine::Cancel(RequestId id) { inbox_.PushCancel(id); }
+
+EngineLoad Engine::Load() const {
+  absl::MutexLock lock(&load_mutex_);
+  return load_;
+}
+
+void Engine::StartDraining() { inbox_.Close(); }
+
+bool Engine::Draining() const { return inbox_.closed(); }
+
+void Engine::AbortAll() { inbox_.PushAbortAll(); }
+
+void Engine::Stop() {
+  stop_.store(true, std::memory_order_relaxed);
+  inbox_.Wake();
+}
+
+// ---- the engine thread ----
+
+void Engine::Run() {
+  while (!stop_.load(std::memory_order_relaxed)) {
+    if (!Step()) {
+      CheckInvariants();
+      inbox_.Wait(kIdleWait);
+    }
+  }
+}
+
+bool Engine::Step() {
+  ReadMail();
+  ExpireDeadlines();
+  Retire();
+  if (sequences_.empty()) {
+    plan_.Clear();
+    PublishLoad(/*progress=*/false);
+    return false;
+  }
+  const absl::Time start = clock_->Now();
+  ++step_count_;
+  scheduler_.Plan(view_, pool_, &plan_);
+  RESA_CHECK(!plan_.empty()) << "nothing to do for " << sequences_.size() << " sequences";
+  ApplyPlan();
+  Execute();
+  PostProcess(start);
+  Retire();
+  PublishLoad(/*progress=*/true);
+  return true;
+}
+
+void Engine::ReadMail() {
+  inbox_.Take(&mail_);
+  for (std::unique_ptr<Request>& request : mail_.requests) Accept(std::move(request));
+  for (RequestId id : mail_.cancels) {
+    EndRequest(id, absl::CancelledError("the request was cancelled"));
+  }
+  if (!mail_.abort_all) return;
+  for (const auto& sequence : sequences_) {
+    EndRequest(sequence->request->id, absl::UnavailableError("the server is shutting down"));
+  }
+}
+
+void Engine::Accept(std::unique_ptr<Request> request) {
+  const RequestId id = request->id;
+  LiveRequest& live = live_[id];
+  live.request = std::move(request);
+  live.outputs_left = live.request->n;
+  const Request& accepted = *live.request;
+  accepted.sink->OnAccepted(static_cast<int32_t>(accepted.prompt.size()), /*cached_tokens=*/0);
+  for (int32_t index = 0; index < accepted.n; ++index) {
+    sequences_.push_back(
+        std::make_unique<Sequence>(accepted, index, next_order_++, options_.eos_ids));
+    view_.push_back(sequences_.back().get());
+  }
+  for (size_t i = sequences_.size() - accepted.n; i < sequences_.size(); ++i) {
+    if (!sequences_[i]->done) Begin(sequences_[i].get());
+  }
+}
+
+void Engine::Begin(Sequence* sequence) {
+  const Request& request = *sequence->request;
+  sequence->max_output = MaxOutputTokens(request, options_.limits);
+  sequence->last_step = step_count_;
+  if (tokenizer_ != nullptr) {
+    DetokenizerOptions options;
+    options.stop_strings = request.stop.strings;
+    options.include_stop = request.stop.include_stop;
+    options.skip_special_tokens = !request.output.keep_special_tokens;
+    sequence->detokenizer = std::make_unique<Detokenizer>(tokenizer_, std::move(options));
+  }
+  if (!request.output.echo) return;
+  Delta echo;
+  echo.index = sequence->index;
+  echo.token_ids = request.prompt;
+  if (tokenizer_ != nullptr) {
+    echo.text = tokenizer_->Decode(request.prompt, !request.output.keep_special_tokens);
+  }
+  if (!request.sink->OnDelta(std::move(echo))) {
+    EndRequest(request.id, absl::ResourceExhaustedError("the echoed prompt is too large"));
+  }
+}
+
+void Engine::ExpireDeadlines() {
+  const absl::Time now = clock_->Now();
+  for (const auto& sequence : sequences_) {
+    if (sequence->done || sequence->request->deadline > now) continue;
+    EndRequest(sequence->request->id,
+               absl::DeadlineExceededError(sequence->first_scheduled == absl::InfiniteFuture()
+                                               ? "the deadline passed while the request was queued"
+                                               : "the deadline passed while tokens were made"));
+  }
+}
+
+void Engine::ApplyPlan() {
+  for (int32_t index : plan_.preempt) {
+    Sequence* sequence = sequences_[index].get();
+    ReleasePages(sequence);
+    if (sequence->running) {
+      ++sequence->preemptions;
+      ++totals_.preemptions;
+    }
+    ForgetPages(sequence);
+  }
+  const absl::Time now = clock_->Now();
+  for (int32_t index : plan_.admit) {
+    Sequence* sequence = sequences_[index].get();
+    sequence->running = true;
+    if (sequence->first_scheduled != absl::InfiniteFuture()) continue;
+    sequence->first_scheduled = now;
+    LiveRequest& live = live_.at(sequence->request->id);
+    if (live.queued) observer_->OnPromptTokens(sequence->prompt_len);
+    LeaveQueue(&live);
+  }
+  copies_.clear();
+  segments_.clear();
+  for (const Segment& segment : plan_.segments) {
+    Sequence* sequence = sequences_[segment.sequence].get();
+    const Work& work = segment.work;
+    GivePages(sequence, work);
+    SegmentInput input;
+    input.tokens = absl::MakeConstSpan(sequence->tokens).subspan(work.begin, segment.rows());
+    input.position = work.begin;
+    input.pages = sequence->pages;
+    input.sparse = work.sparse;
+    if (work.emits) input.sample = sequence->sampler.Next();
+    segments_.push_back(input);
+  }
+}
+
+// Pages for the positions the segment writes; a shared one is replaced by a copy.
+void Engine::GivePages(Sequence* sequence, const Work& work) {
+  const int32_t pages = PagesFor(work.end);
+  const int32_t held = static_cast<int32_t>(sequence->pages.size());
+  for (int32_t i = work.begin / kernels::kPageTokens; i < std::min(held, pages); ++i) {
+    const PageId shared{sequence->pages[i]};
+    if (!pool_.shared(shared)) continue;
+    const std::optional<PageId> copy = pool_.Allocate();
+    RESA_CHECK(copy.has_value()) << "the plan gave away more pages than there are";
+    copies_.push_back(PageCopy{shared.value, copy->value});
+    pool_.Release(shared);
+    sequence->pages[i] = copy->value;
+  }
+  while (static_cast<int32_t>(sequence->pages.size()) < pages) {
+    const std::optional<PageId> page = pool_.Allocate();
+    RESA_CHECK(page.has_value()) << "the plan gave away more pages than there are";
+    sequence->pages.push_back(page->value);
+  }
+}
+
+void Engine::Execute() {
+  output_.samples.clear();
+  step_status_ = absl::OkStatus();
+  if (segments_.empty()) return;
+  step_status_ = executor_->Execute(StepInput{copies_, segments_}, &output_);
+  if (!step_status_.ok()) return;
+  const auto emitting = std::count_if(segments_.begin(), segments_.end(),
+                                      [](const SegmentInput& s) { return s.sample.has_value(); });
+  RESA_CHECK_EQ(static_cast<int64_t>(output_.samples.size()), static_cast<int64_t>(emitting));
+}
+
+void Engine::PostProcess(absl::Time start) {
+  StepReport report;
+  size_t next_sample = 0;
+  for (const Segment& segment : plan_.segments) {
+    Sequence* sequence = sequences_[segment.sequence].get();
+    if (!step_status_.ok()) {
+      EndRequest(sequence->request->id,
+                 absl::InternalError(absl::StrCat("the step failed: ", step_status_.message())));
+      continue;
+    }
+    const kernels::SampleResult* sample =
+        segment.work.emits ? &output_.samples[next_sample++] : nullptr;
+    if (sequence->done) continue;  // A sibling of this step ended the request.
+    CountWork(sequence, segment.work, &report);
+    Advance(sequence, segment.work);
+    sequence->last_step = step_count_;
+    if (sequence->index == 0 && sequence->request->n > 1 &&
+        sequence->kv_len >= sequence->prompt_len) {
+      ForkSiblings(*sequence);
+    }
+    if (sample == nullptr) continue;
+    ++report.tokens_emitted;
+    TakeToken(sequence, *sample);
+  }
+  for (int32_t index : plan_.stalled) ++sequences_[index]->attention.stalled_steps;
+  report.segments = static_cast<int32_t>(plan_.segments.size());
+  report.stalled = static_cast<int32_t>(plan_.stalled.size());
+  report.preemptions = static_cast<int32_t>(plan_.preempt.size());
+  report.duration = clock_->Now() - start;
+  totals_.tokens_generated += report.tokens_emitted;
+  observer_->OnStep(report);
+}
+
+void Engine::CountWork(Sequence* sequence, const Work& work, StepReport* report) {
+  const int32_t rows = work.end - work.begin;
+  AttentionStats& stats = sequence->attention;
+  switch (work.kind) {
+    case SegmentKind::kPrefill:
+      report->prefill_rows += rows;
+      ++report->prefill_sequences;
+      return;
+    case SegmentKind::kRectification:
+      report->rectification_rows += rows;
+      ++report->rectifications;
+      ++stats.rectifications;
+      stats.rectified_rows += rows;
+      observer_->OnRectification(rows, static_cast<int32_t>(step_count_ - sequence->last_step - 1));
+      return;
+    case SegmentKind::kDecode:
+      break;
+  }
+  if (!work.sparse.has_value()) {
+    ++report->dense_decode_rows;
+    ++stats.dense_steps;
+    return;
+  }
+  const int32_t block = options_.scheduler.selector.block_tokens;
+  const int32_t total = (work.end + block - 1) / block;
+  ++report->sparse_rows;
+  ++stats.sparse_steps;
+  stats.blocks_kept += work.sparse->keep_blocks;
+  stats.blocks_total += total;
+  observer_->OnSparseRow(work.sparse->keep_blocks, total);
+}
+
+// The first output has the whole prompt in the pool: the others take a share in its pages and run
+// the prompt's last token themselves, which gives each its own logits.
+void Engine::ForkSiblings(const Sequence& first) {
+  for (const auto& sequence : sequences_) {
+    if (sequence->request != first.request || !sequence->waits_for_sibling || sequence->done) {
+      continue;
+    }
+    sequence->waits_for_sibling = false;
+    sequence->kv_len = sequence->prompt_len - 1;
+    sequence->rectified_len = sequence->kv_len;
+    sequence->cached_tokens = sequence->kv_len;
+    const int32_t pages = PagesFor(sequence->kv_len);
+    sequence->pages.assign(first.pages.begin(), first.pages.begin() + pages);
+    for (int32_t page : sequence->pages) pool_.AddOwner(PageId{page});
+  }
+}
+
+bool Engine::EndsOutput(const Sequence& sequence, int32_t token) const {
+  const StopCriteria& stop = sequence.request->stop;
+  // While tokens are forced, nothing stops the output but its length.
+  if (sequence.output_len() <= static_cast<int32_t>(sequence.request->forced_tokens.size())) {
+    return false;
+  }
+  if (std::find(stop.token_ids.begin(), stop.token_ids.end(), token) != stop.token_ids.end()) {
+    return true;
+  }
+  return !stop.ignore_eos && std::find(options_.eos_ids.begin(), options_.eos_ids.end(), token) !=
+                                 options_.eos_ids.end();
+}
+
+void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) {
+  const Request& request = *sequence->request;
+  if (!sample.finite) {
+    EndRequest(request.id,
+               absl::InternalError("the model's logits are not finite; the output was ended"));
+    return;
+  }
+  const absl::Time now = clock_->Now();
+  if (sequence->output_len() == 0) {
+    sequence->first_token = now;
+    observer_->OnFirstToken(now - request.arrival);
+  } else {
+    observer_->OnNextToken(now - sequence->last_token);
+  }
+  sequence->last_token = now;
+  sequence->tokens.push_back(sample.token);
+  sequence->sampler.Accept(sample.token);
+
+  Finished finished;
+  bool ends = false;
+  Delta delta;
+  delta.index = sequence->index;
+  delta.token_ids.push_back(sample.token);
+  if (request.output.logprobs) delta.logprobs.push_back(LogprobOf(sample));
+  const bool stop_token = EndsOutput(*sequence, sample.token);
+  if (stop_token) {
+    ends = true;
+    finished.matched_stop_token = sample.token;
+  }
+  if (sequence->detokenizer != nullptr && (!stop_token || request.stop.include_stop)) {
+    Detokenizer::Step step = sequence->detokenizer->Push(sample.token);
+    delta.text = std::move(step.text);
+    if (step.matched_stop.has_value()) {
+      ends = true;
+      finished.matched_stop = *std::move(step.matched_stop);
+    }
+  }
+  finished.reason = FinishReason::kStop;
+  if (!ends && sequence->output_len() >= sequence->max_output) {
+    ends = true;
+    finished.reason = FinishReason::kLength;
+  }
+  if (ends && sequence->detokenizer != nullptr && finished.matched_stop.empty()) {
+    delta.text += sequence->detokenizer->Finish();
+  }
+  if (!request.sink->OnDelta(std::move(delta))) {
+    EndRequest(request.id, absl::ResourceExhaustedError(
+                               "the client reads too slowly; its output buffer is full"));
+    return;
+  }
+  if (ends) Finish(sequence, std::move(finished));
+}
+
+void Engine::Finish(Sequence* sequence, Finished finished) {
+  const Request& request = *sequence->request;
+  const absl::Time now = clock_->Now();
+  finished.index = sequence->index;
+  finished.usage.prompt_tokens = sequence->prompt_len;
+  finished.usage.output_tokens = sequence->output_len();
+  finished.usage.cached_tokens = sequence->cached_tokens;
+  finished.usage.preemptions = sequence->preemptions;
+  finished.timings.queued = sequence->first_scheduled - request.arrival;
+  finished.timings.prefill = sequence->first_token - sequence->first_scheduled;
+  finished.timings.first_token = sequence->first_token - request.arrival;
+  finished.timings.decode = now - sequence->first_token;
+  finished.timings.total = now - request.arrival;
+  finished.attention = sequence->attention;
+  observer_->OnFinished(finished);
+
+  ReleasePages(sequence);
+  sequence->done = true;
+  request.sink->OnFinished(std::move(finished));
+  LiveRequest& live = live_.at(request.id);
+  --live.outputs_left;
+}
+
+void Engine::EndRequest(RequestId id, const absl::Status& status) {
+  const auto found = live_.find(id);
+  if (found == live_.end() || found->second.outputs_left == 0) return;
+  LiveRequest& live = found->second;
+  live.outputs_left = 0;
+  for (const auto& sequence : sequences_) {
+    if (sequence->request != live.request.get() || sequence->done) continue;
+    ReleasePages(sequence.get());
+    sequence->done = true;
+  }
+  observer_->OnError(status);
+  live.request->sink->OnError(status);
+}
+
+void Engine::LeaveQueue(LiveRequest* live) {
+  if (!live->queued) return;
+  live->queued = false;
+  inbox_.OneLeftQueue();
+}
+
+void Engine::ReleasePages(Sequence* sequence) {
+  for (int32_t page : sequence->pages) pool_.Release(PageId{page});
+  sequence->pages.clear();
+}
+
+// Forgets sequences that are done, then requests that have none left.
+void Engine::Retire() {
+  const auto is_done = [](const auto& sequence) { return sequence->done; };
+  if (std::none_of(sequences_.begin(), sequences_.end(), is_done)) return;
+  std::erase_if(sequences_, is_done);
+  view_.clear();
+  for (const auto& sequence : sequences_) view_.push_back(sequence.get());
+  absl::erase_if(live_, [this](auto& entry) {
+    if (entry.second.outputs_left > 0) return false;
+    LeaveQueue(&entry.second);
+    return true;
+  });
+}
+
+void Engine::PublishLoad(bool progress) {
+  totals_.steps = step_count_;
+  totals_.running = 0;
+  for (const auto& sequence : sequences_) totals_.running += sequence->running ? 1 : 0;
+  totals_.waiting = static_cast<int32_t>(sequences_.size()) - totals_.running;
+  totals_.pages_total = pool_.num_pages();
+  totals_.pages_used = pool_.num_pages() - pool_.free_pages();
+  if (progress) totals_.last_progress = clock_->Now();
+  absl::MutexLock lock(&load_mutex_);
+  load_ = totals_;
+}
+
+void Engine::CheckInvariants() const {
+  std::vector<int32_t> owners(pool_.num_pages(), 0);
+  for (const auto& sequence : sequences_) {
+    RESA_CHECK_LE(sequence->rectified_len, sequence->kv_len);
+    RESA_CHECK_LT(sequence->kv_len, sequence->size());
+    RESA_CHECK_GE(static_cast<int32_t>(sequence->pages.size()), PagesFor(sequence->kv_len));
+    for (int32_t page : sequence->pages) ++owners[page];
+  }
+  int32_t free_pages = 0;
+  for (int32_t page = 0; page < pool_.num_pages(); ++page) {
+    RESA_CHECK_EQ(owners[page], pool_.owners(PageId{page}))
+        << "page " << page << ": owners counted against the pool's account";
+    free_pages += owners[page] == 0 ? 1 : 0;
+  }
+  RESA_CHECK_EQ(free_pages, pool_.free_pages());
+}
+
+}  // namespace resa::engine

@@ -48,11 +48,12 @@ struct AttentionOverrides {
   std::optional<int32_t> rectify_interval;
 };
 
-// `defaults` with the overrides laid over. INVALID_ARGUMENT names the field and its range.
+// `defaults` with the overrides laid over. INVALID_ARGUMENT as ValidatePolicy.
 absl::StatusOr<AttentionPolicy> ResolvePolicy(const AttentionPolicy& defaults,
                                               const AttentionOverrides& overrides);
 
-// INVALID_ARGUMENT names the field and its range.
+// INVALID_ARGUMENT, of the form "keep_ratio: what is wrong and what is accepted": the bare field,
+// to which the caller adds the path that the user knows.
 absl::Status ValidatePolicy(const AttentionPolicy& policy);
 
 // The blocks one decode step may read, in blocks of the selector.
@@ -67,7 +68,8 @@ struct SparseBudget {
 // The budget of a step whose newest token is the kv_len-th, or nothing when the step is to take the
 // dense path: the mode is dense, the budget covers the sequence, or kv_len < sparse_from.
 // With N = ceil(kv_len / block): keep = max(ceil(keep_ratio N), min(N, ceil(min_tokens / block)),
-// local + sink blocks).
+// local + sink blocks). The ratio is meant as a decimal: 0.07 of 100 blocks are 7, though the
+// nearest double lies above it. A budget returned is below N.
 std::optional<SparseBudget> BudgetFor(const AttentionPolicy& policy,
                                       const kernels::SelectorSpec& selector, int32_t kv_len,
                                       int32_t sparse_from);

@@ -28,15 +28,16 @@ struct SamplingParams {
   float presence_penalty = 0.0f;    // [-2, 2]
   float frequency_penalty = 0.0f;   // [-2, 2]
   uint64_t seed = 0;                // The n-th output of a request draws with seed + n.
-  std::vector<std::pair<int32_t, float>> logit_bias;  // At most kMaxLogitBias, ids distinct.
+  // At most kMaxLogitBias, ids distinct; finite or -infinity (a ban).
+  std::vector<std::pair<int32_t, float>> logit_bias;
 };
 
 struct StopCriteria {
   // Output tokens at most, > 0; unset: whatever context and pool allow.
   std::optional<int32_t> max_tokens;
-  int32_t min_tokens = 0;                // EOS and stop token ids are banned before.
-  std::vector<std::string> strings;      // At most kMaxStopStrings, none empty.
-  std::vector<int32_t> token_ids;        // At most kMaxStopTokens.
+  int32_t min_tokens = 0;            // EOS and stop token ids are banned before.
+  std::vector<std::string> strings;  // At most kMaxStopStrings, none empty.
+  std::vector<int32_t> token_ids;    // At most kMaxStopTokens.
   bool ignore_eos = false;
   bool include_stop = false;  // Keep the matched stop string or token's text in the output.
 };
@@ -44,12 +45,12 @@ struct StopCriteria {
 struct OutputOptions {
   bool token_ids = false;
   bool logprobs = false;
-  int32_t top_logprobs = 0;  // 0 .. kernels::kMaxTopLogprobs; needs logprobs.
-  bool echo = false;         // The prompt precedes the output.
+  int32_t top_logprobs = 0;          // 0 .. kernels::kMaxTopLogprobs; needs logprobs.
+  bool echo = false;                 // The prompt precedes the output.
   bool keep_special_tokens = false;  // Special tokens appear in the text.
 };
 
-inline constexpr int kMaxOutputs = 64;          // n
+inline constexpr int kMaxOutputs = 64;  // n
 inline constexpr int kMaxLogitBias = 1024;
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopStringBytes = 1024;
@@ -80,8 +81,8 @@ struct Request {
 
 struct ModelLimits {
   int32_t vocab_size = 0;
-  int32_t max_context = 0;   // Prompt and output tokens of one sequence.
-  int64_t pool_tokens = 0;   // Tokens the whole pool holds.
+  int32_t max_context = 0;  // Prompt and output tokens of one sequence.
+  int64_t pool_tokens = 0;  // Tokens the whole pool holds.
 };
 
 // INVALID_ARGUMENT, with the field as a path ("sampling.top_p") in front of the message: the
@@ -104,18 +105,18 @@ struct TokenLogprob {
 struct Delta {
   int32_t index = 0;  // Which of the n outputs.
   std::string text;
-  std::vector<int32_t> token_ids;         // Always filled; the transport shows them if asked to.
-  std::vector<TokenLogprob> logprobs;     // One per token when asked for, else empty.
+  std::vector<int32_t> token_ids;      // Always filled; the transport shows them if asked to.
+  std::vector<TokenLogprob> logprobs;  // One per token when asked for, else empty.
 };
 
 struct AttentionStats {
-  int64_t sparse_steps = 0;        // Decode rows that attended sparsely.
-  int64_t dense_steps = 0;         // Decode rows that attended to everything.
-  int64_t rectifications = 0;      // Windows rectified.
+  int64_t sparse_steps = 0;    // Decode rows that attended sparsely.
+  int64_t dense_steps = 0;     // Decode rows that attended to everything.
+  int64_t rectifications = 0;  // Windows rectified.
   int64_t rectified_rows = 0;
-  int64_t blocks_kept = 0;         // Over the sparse steps, per KV head.
-  int64_t blocks_total = 0;        // What dense attention would have read.
-  int64_t stalled_steps = 0;       // Steps that a due window waited for room.
+  int64_t blocks_kept = 0;    // Over the sparse steps, per KV head.
+  int64_t blocks_total = 0;   // What dense attention would have read.
+  int64_t stalled_steps = 0;  // Steps that a due window waited for room.
 };
 
 struct Usage {
@@ -137,8 +138,8 @@ struct Timings {
 struct Finished {
   int32_t index = 0;
   FinishReason reason = FinishReason::kStop;
-  std::string matched_stop;                    // The stop string, if one matched.
-  std::optional<int32_t> matched_stop_token;   // The stop token or EOS, if one did.
+  std::string matched_stop;                   // The stop string, if one matched.
+  std::optional<int32_t> matched_stop_token;  // The stop token or EOS, if one did.
   Usage usage;
   Timings timings;
   AttentionStats attention;

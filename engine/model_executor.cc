@@ -1,0 +1,37 @@
+#include "engine/model_executor.h"
+
+#include "engine/status_macros.h"
+#include "kernels/check.h"
+
+namespace resa::engine {
+
+absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Create(
+    const ModelConfig& config, const ModelWeights& weights, const kernels::KvLayout& layout,
+    const BatchLimits& limits, kernels::Ops* ops) {
+  RESA_CHECK(layout.num_layers == config.num_layers && layout.num_kv_heads == config.num_kv_heads &&
+             layout.head_dim == config.head_dim)
+      << "the layout is another model's";
+  std::unique_ptr<ModelExecutor> executor(new ModelExecutor(limits, layout, ops));
+  RESA_ASSIGN_OR_RETURN(executor->kv_, KvMemory::Create(layout, ops));
+  RESA_ASSIGN_OR_RETURN(
+      executor->transformer_,
+      Transformer::Create(config, weights, limits, executor->batch_.max_block_ids(), ops));
+  return executor;
+}
+
+absl::Status ModelExecutor::Execute(const StepInput& input, StepOutput* output) {
+  output->samples.clear();
+  kv_->Copy(input.copies);
+  if (input.segments.empty()) return absl::OkStatus();
+  batch_.Build(input.segments);
+  transformer_->Forward(batch_, *kv_);
+  if (batch_.samples().empty()) return absl::OkStatus();
+  output->samples.resize(batch_.samples().size());
+  ops_->Sample({.logits = transformer_->Logits(batch_.sampled_rows()),
+                .rows = batch_.samples().data(),
+                .num_rows = static_cast<int64_t>(batch_.samples().size()),
+                .out = output->samples.data()});
+  return absl::OkStatus();
+}
+
+}  // namespace resa::engine

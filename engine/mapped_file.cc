@@ -70,8 +70,8 @@ absl::StatusOr<std::string> ReadSmallFile(const std::string& path, size_t max_by
   absl::StatusOr<OpenFile> file = OpenRegular(path);
   if (!file.ok()) return file.status();
   if (file->size > max_bytes) {
-    return absl::InvalidArgumentError(absl::StrCat(path, " has ", file->size,
-                                                   " bytes; at most ", max_bytes,
+    return absl::InvalidArgumentError(absl::StrCat(path, " has ", file->size, " bytes; at most ",
+                                                   max_bytes,
                                                    " are accepted for this kind of file"));
   }
   std::string text(file->size, '\0');

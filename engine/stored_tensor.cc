@@ -79,7 +79,7 @@ std::string ShapeString(std::span<const int64_t> shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
 }
 
-std::string Quoted(std::string_view name) {
+std::string Quoted(absl::string_view name) {
   constexpr size_t kMaxBytes = 120;
   const bool cut = name.size() > kMaxBytes;
   return absl::StrCat("'", absl::CHexEscape(name.substr(0, kMaxBytes)), cut ? "..." : "", "'");

@@ -8,8 +8,9 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <string_view>
 #include <vector>
+
+#include "absl/strings/string_view.h"
 
 namespace resa::engine {
 
@@ -38,7 +39,7 @@ std::optional<int64_t> StoredBytes(StoredType type, std::span<const int64_t> sha
 std::string ShapeString(std::span<const int64_t> shape);
 
 // A name out of a file, safe to put in a message: in single quotes, escaped, cut at 120 bytes.
-std::string Quoted(std::string_view name);
+std::string Quoted(absl::string_view name);
 
 }  // namespace resa::engine
 

@@ -39,7 +39,7 @@ class StrictBuilder : public nlohmann::json_sax<json> {
   bool parse_error(std::size_t position, const std::string&,
                    const nlohmann::detail::exception& error) override {
     // The library's message starts with "[json.exception.parse_error.101] ".
-    std::string_view what = error.what();
+    absl::string_view what = error.what();
     if (const size_t end = what.find("] "); end != what.npos) what.remove_prefix(end + 2);
     return Fail(absl::StrCat("not valid JSON at byte ", position, ": ", what));
   }
@@ -90,7 +90,7 @@ class StrictBuilder : public nlohmann::json_sax<json> {
 
 }  // namespace
 
-absl::StatusOr<json> ParseStrictJson(std::string_view text, std::string_view file) {
+absl::StatusOr<json> ParseStrictJson(absl::string_view text, absl::string_view file) {
   StrictBuilder builder;
   if (!json::sax_parse(text.begin(), text.end(), &builder)) {
     return absl::InvalidArgumentError(
@@ -111,7 +111,7 @@ const json* JsonFields::Find(const char* key) const {
 
 bool JsonFields::Has(const char* key) const { return Find(key) != nullptr; }
 
-absl::Status JsonFields::Error(const char* key, std::string_view what) const {
+absl::Status JsonFields::Error(const char* key, absl::string_view what) const {
   return absl::InvalidArgumentError(absl::StrCat(where_, ": ", key, " ", what));
 }
 
@@ -119,8 +119,7 @@ absl::StatusOr<std::optional<int64_t>> JsonFields::Int(const char* key, int64_t 
                                                        int64_t max) const {
   const json* value = Find(key);
   if (value == nullptr) return std::nullopt;
-  const std::string expected =
-      absl::StrCat("must be an integer from ", min, " to ", max, ", not ");
+  const std::string expected = absl::StrCat("must be an integer from ", min, " to ", max, ", not ");
   if (!value->is_number_integer()) return Error(key, absl::StrCat(expected, value->type_name()));
   if (value->is_number_unsigned() && value->get<uint64_t>() > static_cast<uint64_t>(INT64_MAX)) {
     return Error(key, absl::StrCat(expected, value->get<uint64_t>()));

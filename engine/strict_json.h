@@ -7,16 +7,16 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <string_view>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "nlohmann/json.hpp"
 
 namespace resa::engine {
 
 // Parses `text`. INVALID_ARGUMENT with `file` and the byte position when it is not JSON, repeats a
 // key within an object, or nests deeper than 64 levels.
-absl::StatusOr<nlohmann::json> ParseStrictJson(std::string_view text, std::string_view file);
+absl::StatusOr<nlohmann::json> ParseStrictJson(absl::string_view text, absl::string_view file);
 
 // Typed access to the members of one JSON object. A missing member and a null are the same thing:
 // absent. Looks at the object only during its own lifetime.
@@ -27,6 +27,8 @@ class JsonFields {
   JsonFields(const nlohmann::json& object, std::string where);
 
   bool Has(const char* key) const;
+  // True for an explicit null too.
+  bool Contains(const char* key) const { return object_.contains(key); }
   // INVALID_ARGUMENT when the member has another type or lies outside [min, max] (NaN does).
   absl::StatusOr<std::optional<int64_t>> Int(const char* key, int64_t min, int64_t max) const;
   absl::StatusOr<std::optional<double>> Number(const char* key, double min, double max) const;
@@ -38,7 +40,7 @@ class JsonFields {
 
   // The member, or null when absent. For what has no typed accessor.
   const nlohmann::json* Find(const char* key) const;
-  absl::Status Error(const char* key, std::string_view what) const;
+  absl::Status Error(const char* key, absl::string_view what) const;
   const std::string& where() const { return where_; }
 
  private:

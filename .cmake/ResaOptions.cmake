@@ -50,6 +50,9 @@ function(resa_binary name)
   target_link_libraries(${name} PRIVATE ${ARG_DEPS})
 endfunction()
 
+# What the sanitizer builds build and run: every test labelled unit or sim.
+add_custom_target(resa_unit_tests)
+
 # resa_test(name SOURCES x_test.cc ... DEPS lib ... [LABELS unit] [TIMEOUT 60] [ARGS ...]): one
 # GoogleTest binary that ctest runs as one test. RESA_SOURCE_DIR in the environment is the
 # checkout's root, for tests that read files of the repository.
@@ -62,6 +65,9 @@ function(resa_test name)
     set(ARG_LABELS unit)
   endif()
   resa_binary(${name} SOURCES ${ARG_SOURCES} DEPS ${ARG_DEPS} GTest::gmock GTest::gtest_main)
+  if("unit" IN_LIST ARG_LABELS OR "sim" IN_LIST ARG_LABELS)
+    add_dependencies(resa_unit_tests ${name})
+  endif()
   add_test(NAME ${name} COMMAND ${name} ${ARG_ARGS})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}"
     ENVIRONMENT "RESA_SOURCE_DIR=${PROJECT_SOURCE_DIR}")

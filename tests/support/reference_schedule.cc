@@ -13,7 +13,8 @@ Budget BudgetOver(int blocks, const ScheduleRules& rules) {
   Budget budget;
   budget.local = CeilDiv(rules.local_tokens, rules.block_tokens);
   budget.sink = CeilDiv(rules.sink_tokens, rules.block_tokens);
-  const int share = static_cast<int>(std::ceil(rules.keep_ratio * blocks));
+  // The ratio is meant as the decimal that was written, of at most six digits.
+  const int share = static_cast<int>(std::ceil(rules.keep_ratio * blocks - 1e-6));
   const int floor = std::min(blocks, CeilDiv(rules.min_tokens, rules.block_tokens));
   budget.keep = std::max({share, floor, budget.local + budget.sink});
   return budget;

@@ -267,7 +267,7 @@ QuerySketch MakeQuerySketch(const Vector& query, std::span<const int> signs,
     const double width = slack * (1 + std::abs(component) / top);
     const auto round = [&](double value) {
       const double clamped = std::clamp(value / top, -1.0, 1.0) * kQueryLevels;
-      return static_cast<int>(std::round(clamped));
+      return static_cast<int>(std::nearbyint(clamped));
     };
     sketch.low.push_back(round(component - width));
     sketch.value.push_back(round(component));

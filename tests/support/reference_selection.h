@@ -76,7 +76,7 @@ std::vector<Interval> ScoreMinMax(std::span<const Vector> queries, std::span<con
                                   int block_tokens, const SelectionTolerance& tolerance);
 
 // The estimated logit of one key for one query, with the first `read` of the sketch's `planes`.
-// The query is rotated and rounded to s8: q8_j = round(127 q_j / max|q|), halves away from zero.
+// The query is rotated and rounded to s8: q8_j = round(127 q_j / max|q|), halves to even.
 struct QuerySketch {
   std::vector<int> low, value, high;  // [d], -127 .. 127
   Interval scale;                     // max|q| / 127

@@ -8,6 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/bf16.h"
+#include "kernels/sketch.h"
 #include "tests/support/reference_schedule.h"
 #include "tests/support/reference_selection.h"
 #include "tests/support/resa_reference.h"
@@ -135,6 +136,9 @@ TEST(ReferenceSketchTest, GaussianScalesAreTheDesignsConstants) {
   EXPECT_NEAR(GaussianScale(1), 1.253, 5e-4);
   EXPECT_NEAR(GaussianScale(2), 0.635, 5e-4);
   EXPECT_NEAR(GaussianScale(3), 0.310, 5e-4);
+  for (int planes = 1; planes <= 3; ++planes) {
+    EXPECT_NEAR(GaussianScale(planes) / kernels::kSketchGaussianScale[planes], 1, 1e-7);
+  }
 }
 
 // <x, x^> = <x, x> is what makes the estimate unbiased along x; the scale in bf16 leaves 2^-8.

@@ -1,0 +1,236 @@
+// The engine's ReSA against an independent implementation of the paper's algorithm: the real
+// executor and CPU kernels with f32 K/V on random models, and the float64 reference beside them,
+// in lockstep over generations of hundreds of tokens. The same blocks, the same tokens.
+
+#include <iomanip>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/sequence.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_ops.h"
+#include "tests/support/lockstep.h"
+#include "tests/support/reference_schedule.h"
+#include "tests/support/tiny_model.h"
+
+namespace resa::testing {
+namespace {
+
+using kernels::SelectorKind;
+using kernels::SelectorSpec;
+
+// Where the tolerances come from. The engine computes in f32, unit roundoff u = 2^-24 = 6e-8. A
+// layer is a chain of about ten roundings of relative size u sqrt(n) / 2 (norm, projections, rotary
+// embedding, softmax, output, MLP; n about 100 terms, errors adding like a random walk), 2e-6 in
+// all; attention multiplies the relative error of q and k by the size of a logit, up to 10 here.
+// Over three layers that is 3 * 2e-6 * 10 = 6e-5 at the very worst, when all goes one way; typical
+// is a tenth. The rotary angle is a product in f32: at position 1500 its error of 1500 u = 9e-5
+// radians turns the fastest pair of d / 2 = 32 pairs, 9e-5 / sqrt(32) = 1.6e-5 of the vector.
+//
+// The bound decides how wide the intervals of the scores are, so it must be tight to mean anything.
+LockstepTolerance Tolerance() {
+  LockstepTolerance tolerance;
+  tolerance.selection.vector = 2e-5;
+  // Beyond its inputs' errors: exp and sums of f32 (u |logit| for logits up to 30).
+  tolerance.selection.score = 4e-6;
+  // Logits have unit variance; the relative error of the hidden state times sqrt(2 ln V) = 3.
+  tolerance.logit = 1e-4;
+  return tolerance;
+}
+
+struct Case {
+  std::string name;
+  SelectorSpec selector;
+  TinyModelOptions model;
+  ScheduleRules rules;
+  int prompt = 400;
+  int new_tokens = 220;
+  uint64_t seed = 1;
+};
+
+SelectorSpec MinMax() { return {SelectorKind::kMinMax, 16, 0, {1.0f, 1.0f}}; }
+
+SelectorSpec Sketch(int block, int planes, float second = 1.0f, float third = 1.0f) {
+  return {SelectorKind::kSketch, block, planes, {second, third}};
+}
+
+// kv_heads x group heads; attention sharp enough that what is selected decides what comes out.
+TinyModelOptions Model(int kv_heads, int group) {
+  TinyModelOptions model;
+  model.num_layers = 3;
+  model.num_kv_heads = kv_heads;
+  model.group = group;
+  model.attention_sharpness = 3.0;
+  return model;
+}
+
+ScheduleRules Rules(double keep, int interval) {
+  ScheduleRules rules;
+  rules.keep_ratio = keep;
+  rules.min_tokens = 48;
+  rules.local_tokens = 16;
+  rules.sink_tokens = 8;
+  rules.interval = interval;
+  return rules;
+}
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  // The paper's own budgets need a longer context to be sparse at all: 256 tokens at least.
+  Case paper{"PaperMinMax", MinMax(), Model(2, 3), {}, 1300, 230, 11};
+  paper.rules = {ReferenceMode::kRectified, 0.1, 256, 16, 0, 32, 16, 0};
+  cases.push_back(paper);
+  cases.push_back({"MinMaxSinkGroup7", MinMax(), Model(1, 7), Rules(0.15, 16), 333, 220, 12});
+  cases.push_back({"SketchDefault", Sketch(8, 2), Model(2, 3), Rules(0.1, 32), 700, 220, 13});
+  cases.push_back({"SketchBlock4OnePlane", Sketch(4, 1), Model(2, 1), Rules(0.2, 8), 401, 220, 14});
+  cases.push_back(
+      {"SketchBlock16ThreePlanes", Sketch(16, 3), Model(1, 7), Rules(0.2, 64), 450, 220, 15});
+  cases.push_back({"SketchProgressiveTwoPlanes", Sketch(8, 2, 0.25f), Model(2, 3), Rules(0.1, 32),
+                   640, 220, 16});
+  cases.push_back({"SketchProgressiveThreePlanes", Sketch(8, 3, 0.4f, 0.2f), Model(1, 3),
+                   Rules(0.1, 24), 511, 220, 17});
+  Case qwen3{"SketchQkNorm", Sketch(8, 2), Model(2, 2), Rules(0.1, 32), 512, 220, 18};
+  qwen3.model.qk_norm = true;
+  cases.push_back(qwen3);
+  Case qwen2{"MinMaxBias", MinMax(), Model(2, 2), Rules(0.2, 40), 512, 220, 19};
+  qwen2.model.qkv_bias = true;
+  cases.push_back(qwen2);
+  Case wide{"SketchHeadDim128", Sketch(8, 2, 0.4f), Model(1, 2), Rules(0.1, 32), 300, 210, 20};
+  wide.model.head_dim = 128;
+  cases.push_back(wide);
+  Case sparse{"SketchNeverRectified", Sketch(8, 2), Model(2, 3), Rules(0.1, 32), 400, 220, 21};
+  sparse.rules.mode = ReferenceMode::kSparse;
+  cases.push_back(sparse);
+  Case late{"SketchSparseFromLater", Sketch(8, 2), Model(2, 3), Rules(0.1, 32), 200, 220, 22};
+  late.rules.sparse_from = 300;
+  cases.push_back(late);
+  for (Case& each : cases) each.rules.block_tokens = each.selector.block_tokens;
+  return cases;
+}
+
+class ReferenceTest : public ::testing::TestWithParam<Case> {
+ protected:
+  static void SetUpTestSuite() { ops_ = kernels::CreateCpuOps({.threads = 2}).release(); }
+  static void TearDownTestSuite() {
+    delete ops_;
+    ops_ = nullptr;
+  }
+  static kernels::Ops* ops_;
+};
+kernels::Ops* ReferenceTest::ops_ = nullptr;
+
+TEST_P(ReferenceTest, SameBlocksSameTokens) {
+  const Case& test = GetParam();
+  const engine::LoadedModel model = MakeTinyModel(test.model, test.seed);
+  const std::vector<int32_t> prompt =
+      RandomTokens(test.prompt, test.model.vocab_size, test.seed + 1000);
+  const std::vector<ScheduleStep> schedule = MakeSchedule(test.prompt, test.new_tokens, test.rules);
+  Lockstep lockstep(model, test.selector, Tolerance(), test.prompt + test.new_tokens, ops_);
+  const LockstepReport report = lockstep.Run(prompt, schedule, /*chunk=*/96);
+
+  std::cout << std::setprecision(2) << "seed " << test.seed << ": " << report.sparse_rows
+            << " sparse rows, " << report.windows << " windows, " << report.differing_ids << " of "
+            << report.kept_ids << " ids differ, " << report.near_tie_tokens << " of "
+            << test.new_tokens << " tokens are near ties; errors: q " << report.query_error
+            << ", K/V " << report.kv_error << ", logits " << report.logit_error
+            << "; a window repaired up to " << report.repaired << "; " << report.distinct_tokens
+            << " distinct tokens\n";
+  for (const std::string& failure : report.failures) ADD_FAILURE() << failure;
+
+  // Choices that rounding decided must be rare, or the intervals hide something.
+  EXPECT_LE(report.differing_ids, report.kept_ids / 1000);
+  EXPECT_LE(report.near_tie_tokens, 2);
+  // And the test must have had something to find.
+  EXPECT_GT(report.sparse_rows, test.new_tokens / 3);
+  EXPECT_GE(report.distinct_tokens, 20);
+  if (test.rules.mode == ReferenceMode::kRectified) {
+    EXPECT_GE(report.windows, 2);
+    EXPECT_GT(report.repaired, 100 * Tolerance().selection.vector);
+    EXPECT_EQ(lockstep.DifferenceFromPrefill(schedule.back().exact_len, /*chunk=*/130), "");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Selectors, ReferenceTest, ::testing::ValuesIn(Cases()),
+                         [](const auto& info) { return info.param.name; });
+
+// ---- the schedule -------------------------------------------------------------------------------
+
+engine::AttentionPolicy PolicyOf(const ScheduleRules& rules) {
+  engine::AttentionPolicy policy;
+  policy.mode = rules.mode == ReferenceMode::kDense    ? engine::AttentionMode::kDense
+                : rules.mode == ReferenceMode::kSparse ? engine::AttentionMode::kSparse
+                                                       : engine::AttentionMode::kRectified;
+  policy.keep_ratio = rules.keep_ratio;
+  policy.min_tokens = rules.min_tokens;
+  policy.local_tokens = rules.local_tokens;
+  policy.sink_tokens = rules.sink_tokens;
+  policy.rectify_interval = rules.interval;
+  return policy;
+}
+
+ScheduleRules RandomRules(std::mt19937* random) {
+  const auto below = [&](int n) { return static_cast<int>((*random)() % n); };
+  ScheduleRules rules;
+  rules.mode = static_cast<ReferenceMode>(below(3));
+  rules.keep_ratio = (1 + below(100)) / 100.0;
+  rules.min_tokens = 1 + below(200);
+  rules.local_tokens = 1 + below(40);
+  rules.sink_tokens = below(40);
+  rules.interval = 8 * (1 + below(32));
+  rules.block_tokens = 4 << below(3);
+  rules.sparse_from = below(2) * below(400);
+  return rules;
+}
+
+// What the engine does next with a sequence, step for step, against the rules written down again.
+TEST(ReferenceScheduleTest, EngineTakesTheSameSteps) {
+  constexpr uint32_t kSeed = 23;
+  std::cout << "seed " << kSeed << "\n";
+  std::mt19937 random(kSeed);
+  int steps_seen = 0;
+  for (int round = 0; round < 400; ++round) {
+    const ScheduleRules rules = RandomRules(&random);
+    const int prompt = 1 + static_cast<int>(random() % 500);
+    constexpr int kNewTokens = 150;
+    engine::Request request;
+    request.prompt.assign(prompt, 1);
+    request.attention = PolicyOf(rules);
+    engine::Sequence sequence(request, 0, 0, {});
+    SelectorSpec selector;
+    selector.block_tokens = rules.block_tokens;
+    while (sequence.prefilling()) {
+      const engine::Work work = NextWork(sequence, selector, rules.sparse_from);
+      ASSERT_EQ(work.kind, engine::SegmentKind::kPrefill);
+      Advance(&sequence, work);
+    }
+    sequence.tokens.push_back(1);
+    for (const ScheduleStep& step : MakeSchedule(prompt, kNewTokens, rules)) {
+      const engine::Work work = NextWork(sequence, selector, rules.sparse_from);
+      const std::string where = "round " + std::to_string(round) + ", position " +
+                                std::to_string(step.end - 1) + ", prompt " + std::to_string(prompt);
+      ASSERT_EQ(work.begin, step.begin) << where;
+      ASSERT_EQ(work.end, step.end) << where;
+      ASSERT_TRUE(work.emits) << where;
+      ASSERT_EQ(work.sparse.has_value(), step.kind == ScheduleStep::Kind::kSparse) << where;
+      if (work.sparse.has_value()) {
+        ASSERT_EQ(work.sparse->keep_blocks, step.budget.keep) << where;
+        ASSERT_EQ(work.sparse->local_blocks, step.budget.local) << where;
+        ASSERT_EQ(work.sparse->sink_blocks, step.budget.sink) << where;
+      }
+      Advance(&sequence, work);
+      ASSERT_EQ(sequence.kv_len, step.end) << where;
+      if (rules.mode == ReferenceMode::kRectified) {
+        ASSERT_EQ(sequence.rectified_len, step.exact_len) << where;
+      }
+      sequence.tokens.push_back(1);
+      ++steps_seen;
+    }
+  }
+  std::cout << steps_seen << " steps\n";
+}
+
+}  // namespace
+}  // namespace resa::testing

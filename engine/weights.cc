@@ -17,7 +17,9 @@
 #include "kernels/check.h"
 
 namespace resa::engine {
+namespace {
 
+// File maps, and one map of converted tensors.
 class WeightStorage {
  public:
   WeightStorage() = default;
@@ -53,8 +55,6 @@ class WeightStorage {
   size_t arena_bytes_ = 0;
   size_t used_ = 0;
 };
-
-namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr int kMaxNamesInMessage = 5;

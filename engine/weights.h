@@ -53,9 +53,6 @@ struct LayerWeights {
   WeightTensor down_proj, down_bias;    // [D, F], [D] or absent
 };
 
-// What the views point into: file maps, and the map of converted tensors. Opaque.
-class WeightStorage;
-
 struct ModelWeights {
   WeightTensor embed;  // [V, D]
   std::vector<LayerWeights> layers;
@@ -64,7 +61,8 @@ struct ModelWeights {
 
   size_t mapped_bytes = 0;     // Served from the file's map, shared with the page cache.
   size_t converted_bytes = 0;  // Owned copies.
-  std::shared_ptr<const WeightStorage> storage;
+  // Owns what the views point into.
+  std::shared_ptr<const void> storage;
 };
 
 // Takes from `tensors` what `config` calls for, under the names of `style`. `files` are the maps

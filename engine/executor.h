@@ -18,12 +18,12 @@ namespace resa::engine {
 // A run of consecutive tokens of one sequence. Its K/V are written at [position, position + size),
 // and each token attends to everything up to itself, or, sparsely, to its budget.
 struct SegmentInput {
-  absl::Span<const int32_t> tokens;    // Never empty; one token when sparse.
-  int32_t position = 0;                // Of tokens[0].
-  absl::Span<const int32_t> pages;     // Page table, covers position + tokens.size().
-  std::optional<SparseBudget> sparse;  // Unset: dense.
+  absl::Span<const int32_t> tokens;         // Never empty; one token when sparse.
+  int32_t position = 0;                     // Of tokens[0].
+  absl::Span<const int32_t> pages;          // Page table, covers position + tokens.size().
+  std::optional<SparseBudget> sparse = {};  // Unset: dense.
   // Set: sample after the last token. `row` is filled in by the executor.
-  std::optional<kernels::SampleRow> sample;
+  std::optional<kernels::SampleRow> sample = {};
 };
 
 // A whole page to copy before anything is written (copy on write).

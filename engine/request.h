@@ -29,7 +29,7 @@ struct SamplingParams {
   float frequency_penalty = 0.0f;   // [-2, 2]
   uint64_t seed = 0;                // The n-th output of a request draws with seed + n.
   // At most kMaxLogitBias, ids distinct; finite or -infinity (a ban).
-  std::vector<std::pair<int32_t, float>> logit_bias;
+  std::vector<std::pair<int32_t, float>> logit_bias = {};
 };
 
 struct StopCriteria {

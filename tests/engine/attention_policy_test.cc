@@ -151,7 +151,7 @@ TEST(AttentionPolicyTest, RefusesWhatIsOutOfRangeByName) {
               StartsWith("sink_tokens: "));
   for (const int32_t interval : {0, -8, 4, 12, 264}) {
     EXPECT_THAT(message([&](AttentionPolicy* p) { p->rectify_interval = interval; }),
-                testing::AllOf(StartsWith("rectify_interval: "), HasSubstr("8 to 256")));
+                ::testing::AllOf(StartsWith("rectify_interval: "), HasSubstr("8 to 256")));
   }
   AttentionOverrides overrides;
   overrides.sink_tokens = -4;

@@ -64,8 +64,8 @@ TEST_F(ModelExecutorTest, SkipsTheHeadWhenNothingSamples) {
   output.samples.resize(7);
   ASSERT_TRUE(executor->Execute({{}, segments}, &output).ok());
   EXPECT_THAT(output.samples, IsEmpty());
-  EXPECT_THAT(ops_.names(), testing::Not(testing::Contains("GatherRows")));
-  EXPECT_THAT(ops_.names(), testing::Not(testing::Contains("Sample")));
+  EXPECT_THAT(ops_.names(), ::testing::Not(::testing::Contains("GatherRows")));
+  EXPECT_THAT(ops_.names(), ::testing::Not(::testing::Contains("Sample")));
 }
 
 TEST_F(ModelExecutorTest, CopiesPagesBeforeAnythingIsWritten) {
@@ -97,8 +97,8 @@ TEST_F(ModelExecutorTest, SaysHowLargeThePoolIsWhenItDoesNotFit) {
   const absl::Status status = Create().status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(status.message()),
-              testing::AllOf(HasSubstr("12 pages"),
-                             HasSubstr(std::to_string(12 * layout_.PageBytes()) + " bytes")));
+              ::testing::AllOf(HasSubstr("12 pages"),
+                               HasSubstr(std::to_string(12 * layout_.PageBytes()) + " bytes")));
 }
 
 TEST_F(ModelExecutorTest, TheLayoutHoldsWhatTheModelHas) {

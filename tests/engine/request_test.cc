@@ -162,11 +162,11 @@ TEST(RequestTest, SaysWhichLimitIsTooTight) {
   Request request = ValidRequest();
   request.stop.max_tokens = 60;
   EXPECT_THAT(std::string(ValidateRequest(request, Limits()).message()),
-              testing::AllOf(HasSubstr("the context holds 50 tokens"), HasSubstr("leaves 45")));
+              ::testing::AllOf(HasSubstr("the context holds 50 tokens"), HasSubstr("leaves 45")));
   ModelLimits small_pool = Limits();
   small_pool.pool_tokens = 32;
   EXPECT_THAT(std::string(ValidateRequest(request, small_pool).message()),
-              testing::AllOf(HasSubstr("the KV pool holds 32 tokens"), HasSubstr("leaves 27")));
+              ::testing::AllOf(HasSubstr("the KV pool holds 32 tokens"), HasSubstr("leaves 27")));
 }
 
 TEST(RequestTest, MaxOutputTokensIsTheTightestOfThree) {

@@ -71,11 +71,11 @@ TEST_F(TransformerTest, CallsOnlyTheAttentionThatHasRows) {
   Load({.num_layers = 1});
   ASSERT_TRUE(Create().ok());
   Forward(/*dense=*/true, /*sparse=*/false);
-  EXPECT_THAT(ops_.names(), testing::Not(testing::Contains("Select")));
-  EXPECT_THAT(ops_.names(), testing::Not(testing::Contains("SparseAttend")));
+  EXPECT_THAT(ops_.names(), ::testing::Not(::testing::Contains("Select")));
+  EXPECT_THAT(ops_.names(), ::testing::Not(::testing::Contains("SparseAttend")));
   Forward(/*dense=*/false, /*sparse=*/true);
-  EXPECT_THAT(ops_.names(), testing::Not(testing::Contains("ChunkAttend")));
-  EXPECT_THAT(ops_.names(), testing::Contains("Select"));
+  EXPECT_THAT(ops_.names(), ::testing::Not(::testing::Contains("ChunkAttend")));
+  EXPECT_THAT(ops_.names(), ::testing::Contains("Select"));
 }
 
 TEST_F(TransformerTest, FeedsEachOpFromTheOneBefore) {

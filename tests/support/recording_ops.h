@@ -18,7 +18,7 @@ class RecordingOps : public kernels::Ops {
  public:
   struct Call {
     std::string op;
-    kernels::Matrix in, weight, out;
+    kernels::Matrix in = {}, weight = {}, out = {};
     const float* vector = nullptr;  // Norm weight or bias.
     bool accumulate = false;
   };

@@ -26,7 +26,7 @@ struct TinyModelOptions {
   bool qk_norm = false;
   bool tie_embeddings = false;
   double rope_theta = 10000.0;
-  engine::RopeScaling rope_scaling;
+  engine::RopeScaling rope_scaling = {};
   // Standard deviation of q·k / sqrt(d), roughly: at 0 attention is uniform and no selection
   // matters, at 4 a few tokens take most of it.
   double attention_sharpness = 2.0;

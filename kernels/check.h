@@ -38,10 +38,10 @@ struct Voidify {
 }  // namespace internal
 }  // namespace resa
 
-#define RESA_CHECK(condition)              \
-  (__builtin_expect(!!(condition), 1))     \
-      ? (void)0                            \
-      : ::resa::internal::Voidify() &      \
+#define RESA_CHECK(condition)          \
+  (__builtin_expect(!!(condition), 1)) \
+      ? (void)0                        \
+      : ::resa::internal::Voidify() &  \
             ::resa::internal::CheckFailure(__FILE__, __LINE__, #condition).stream()
 
 #define RESA_CHECK_EQ(a, b) RESA_CHECK((a) == (b)) << (a) << " vs " << (b) << " "

@@ -131,7 +131,8 @@ struct RmsNormParams {
 };
 
 // out = x weight^T + bias, or out += ... when accumulate (the residual connection).
-// A row's result depends on that row and the weight alone, bit for bit, however many rows there are.
+// A row's result depends on that row and the weight alone, bit for bit, however many rows there
+// are.
 struct LinearParams {
   Matrix x;                     // [T, in]
   Matrix weight;                // [out, in] bf16
@@ -274,18 +275,18 @@ inline constexpr int kMaxTopLogprobs = 20;
 // counter-based generator Philox4x32-10 keyed by (seed, draw_index). temperature 0 takes the
 // highest penalised logit, ties to the lower id.
 struct SampleRow {
-  int32_t row = 0;             // Of logits.
-  int32_t forced_token = -1;   // >= 0: taken in place of sampling (teacher forcing).
-  float temperature = 1.0f;    // >= 0
-  int32_t top_k = 0;           // 0: off
-  float top_p = 1.0f;          // (0, 1]
-  float min_p = 0.0f;          // [0, 1]
+  int32_t row = 0;            // Of logits.
+  int32_t forced_token = -1;  // >= 0: taken in place of sampling (teacher forcing).
+  float temperature = 1.0f;   // >= 0
+  int32_t top_k = 0;          // 0: off
+  float top_p = 1.0f;         // (0, 1]
+  float min_p = 0.0f;         // [0, 1]
   float repetition_penalty = 1.0f;
   float presence_penalty = 0.0f;
   float frequency_penalty = 0.0f;
   uint64_t seed = 0;
-  uint64_t draw_index = 0;  // Which output token of the sequence this is.
-  int32_t top_logprobs = 0;  // 0 .. kMaxTopLogprobs alternatives to report
+  uint64_t draw_index = 0;             // Which output token of the sequence this is.
+  int32_t top_logprobs = 0;            // 0 .. kMaxTopLogprobs alternatives to report
   const TokenCount* counts = nullptr;  // [num_counts], any order, ids distinct
   int64_t num_counts = 0;
   const TokenBias* bias = nullptr;  // [num_bias]
@@ -294,8 +295,8 @@ struct SampleRow {
 
 struct SampleResult {
   int32_t token = 0;
-  bool finite = true;    // False when a logit is NaN or +infinity, or all are -infinity: token is 0.
-  float logprob = 0;     // Of the token, natural log, the model's own: before bias and penalties.
+  bool finite = true;  // False when a logit is NaN or +infinity, or all are -infinity: token is 0.
+  float logprob = 0;   // Of the token, natural log, the model's own: before bias and penalties.
   int32_t num_top = 0;
   std::array<int32_t, kMaxTopLogprobs> top_ids = {};  // By falling logprob, ties to the lower id.
   std::array<float, kMaxTopLogprobs> top_logprobs = {};

@@ -1,0 +1,81 @@
+#include "kernels/cpu/cpu_ops.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels/cpu/context.h"
+
+namespace resa::kernels {
+namespace {
+
+class HostBuffer : public Buffer {
+ public:
+  HostBuffer(std::byte* data, size_t bytes) : data_(data), bytes_(bytes) {}
+  ~HostBuffer() override { std::free(data_); }
+  std::byte* data() override { return data_; }
+  size_t bytes() const override { return bytes_; }
+
+ private:
+  std::byte* const data_;
+  const size_t bytes_;
+};
+
+class CpuOps : public Ops {
+ public:
+  explicit CpuOps(int threads) : context_(threads) {}
+
+  std::string Description() const override {
+    return std::string("cpu, ") + cpu::TargetName() + ", " +
+           std::to_string(context_.pool.threads()) +
+           (context_.pool.threads() == 1 ? " thread" : " threads");
+  }
+  DType activation_dtype() const override { return DType::kF32; }
+  bool SupportsKvDtype(DType) const override { return true; }
+
+  std::unique_ptr<Buffer> Allocate(size_t bytes) override {
+    const size_t rounded = (bytes + 63) / 64 * 64;
+    auto* const data = static_cast<std::byte*>(std::aligned_alloc(64, rounded == 0 ? 64 : rounded));
+    if (data == nullptr) return nullptr;
+    return std::make_unique<HostBuffer>(data, bytes);
+  }
+  const std::byte* ImportWeights(const std::byte* host, size_t) override { return host; }
+  void Upload(std::byte* to, const void* from_host, size_t bytes) override {
+    if (bytes > 0) std::memcpy(to, from_host, bytes);
+  }
+  void Download(void* to_host, const std::byte* from, size_t bytes) override {
+    if (bytes > 0) std::memcpy(to_host, from, bytes);
+  }
+
+ private:
+  void DoEmbed(const EmbedParams& p) override { cpu::Embed(context_, p); }
+  void DoRmsNorm(const RmsNormParams& p) override { cpu::RmsNorm(context_, p); }
+  void DoLinear(const LinearParams& p) override { cpu::Linear(context_, p); }
+  void DoRopeTable(const RopeTableParams& p) override { cpu::RopeTable(context_, p); }
+  void DoQkvPost(const QkvPostParams& p) override { cpu::QkvPost(context_, p); }
+  void DoSelect(const SelectParams& p) override {
+    if (p.layout.selector.kind == SelectorKind::kMinMax) {
+      cpu::SelectMinMax(context_, p, &counters_);
+    } else {
+      cpu::SelectSketch(context_, p, &counters_);
+    }
+  }
+  void DoSparseAttend(const SparseAttendParams& p) override { cpu::SparseAttend(context_, p); }
+  void DoChunkAttend(const ChunkAttendParams& p) override { cpu::ChunkAttend(context_, p); }
+  void DoSiluMul(const SiluMulParams& p) override { cpu::SiluMul(context_, p); }
+  void DoGatherRows(const GatherRowsParams& p) override { cpu::GatherRows(context_, p); }
+  void DoCopyPages(const CopyPagesParams& p) override { cpu::CopyPages(context_, p); }
+  void DoSample(const SampleParams& p) override { cpu::Sample(context_, p); }
+
+  cpu::Context context_;
+};
+
+}  // namespace
+
+std::unique_ptr<Ops> CreateCpuOps(const CpuOptions& options) {
+  RESA_CHECK(CpuSupported()) << "this CPU lacks AVX2 and FMA";
+  RESA_CHECK_GE(options.threads, 0) << "CpuOptions::threads";
+  return std::make_unique<CpuOps>(options.threads == 0 ? AvailableCores() : options.threads);
+}
+
+}  // namespace resa::kernels

@@ -207,8 +207,8 @@ absl::Status ReadMetadata(Reader& reader, uint64_t count, absl::string_view file
                           std::map<absl::string_view, GgufValue>* metadata) {
   for (uint64_t i = 0; i < count; ++i) {
     absl::string_view key;
-    if (!reader.ReadString(&key)) {
-      return ErrorIn(file, "metadata entry ", i, " of ", count, ": its key is cut off");
+    if (!reader.ReadString(&key) || key.empty()) {
+      return ErrorIn(file, "metadata entry ", i, " of ", count, ": its key is cut off or empty");
     }
     GgufValue value;
     if (!reader.ReadValue(&value)) {
@@ -226,7 +226,9 @@ absl::Status ReadMetadata(Reader& reader, uint64_t count, absl::string_view file
 absl::Status ReadTensorEntry(Reader& reader, absl::string_view file, StoredTensor* tensor,
                              uint64_t* offset) {
   absl::string_view name;
-  if (!reader.ReadString(&name)) return ErrorIn(file, "a tensor's name is cut off");
+  if (!reader.ReadString(&name) || name.empty()) {
+    return ErrorIn(file, "a tensor's name is cut off or empty");
+  }
   tensor->name = std::string(name);
   tensor->file = std::string(file);
   const std::string where = absl::StrCat("tensor ", Quoted(name), ": ");

@@ -82,9 +82,9 @@ TEST_F(TransformerTest, FeedsEachOpFromTheOneBefore) {
   Load({.num_layers = 2, .qkv_bias = true, .o_bias = true, .mlp_bias = true, .qk_norm = true});
   ASSERT_TRUE(Create().ok());
   Forward(/*dense=*/true, /*sparse=*/false);
-  // Embed, RopeTable, then 13 calls a layer: the second layer's begin at 15.
-  ASSERT_EQ(ops_.calls.size(), 2u + 2 * 13u);
-  const RecordingOps::Call* layer = &ops_.calls[15];
+  // Embed, RopeTable, then 12 calls a layer: the second layer begins at 14.
+  ASSERT_EQ(ops_.calls.size(), 2u + 2 * 12u);
+  const RecordingOps::Call* layer = &ops_.calls[14];
   const auto& weights = model_.weights.layers[1];
   const void* hidden = ops_.calls[0].out.data;
   EXPECT_EQ(layer[0].in.data, hidden);

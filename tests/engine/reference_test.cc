@@ -5,11 +5,9 @@
 #include <iomanip>
 #include <iostream>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "engine/sequence.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "tests/support/lockstep.h"
@@ -23,21 +21,20 @@ using kernels::SelectorKind;
 using kernels::SelectorSpec;
 
 // Where the tolerances come from. The engine computes in f32, unit roundoff u = 2^-24 = 6e-8. A
-// layer is a chain of about ten roundings of relative size u sqrt(n) / 2 (norm, projections, rotary
-// embedding, softmax, output, MLP; n about 100 terms, errors adding like a random walk), 2e-6 in
-// all; attention multiplies the relative error of q and k by the size of a logit, up to 10 here.
-// Over three layers that is 3 * 2e-6 * 10 = 6e-5 at the very worst, when all goes one way; typical
-// is a tenth. The rotary angle is a product in f32: at position 1500 its error of 1500 u = 9e-5
-// radians turns the fastest pair of d / 2 = 32 pairs, 9e-5 / sqrt(32) = 1.6e-5 of the vector.
+// layer is a chain of about ten roundings of relative size u sqrt(n) / 2 = 3e-7 (norm, projections,
+// rotary embedding, softmax, output, MLP; n about 100 terms, errors adding like a random walk), so
+// 1e-6 in all, adding likewise. Attention carries the absolute error of a logit, 1e-6 of up to 10,
+// into its weights, where most of it averages out. Over three layers that makes 3 * 1e-6 and a
+// share of the logits' error: 6e-6 of a vector's norm.
 //
 // The bound decides how wide the intervals of the scores are, so it must be tight to mean anything.
 LockstepTolerance Tolerance() {
   LockstepTolerance tolerance;
-  tolerance.selection.vector = 2e-5;
+  tolerance.selection.vector = 6e-6;
   // Beyond its inputs' errors: exp and sums of f32 (u |logit| for logits up to 30).
   tolerance.selection.score = 4e-6;
-  // Logits have unit variance; the relative error of the hidden state times sqrt(2 ln V) = 3.
-  tolerance.logit = 1e-4;
+  // Logits have unit variance, so the largest of 131 is about 3: the relative error, times that.
+  tolerance.logit = 2e-5;
   return tolerance;
 }
 
@@ -53,8 +50,8 @@ struct Case {
 
 SelectorSpec MinMax() { return {SelectorKind::kMinMax, 16, 0, {1.0f, 1.0f}}; }
 
-SelectorSpec Sketch(int block, int planes, float second = 1.0f, float third = 1.0f) {
-  return {SelectorKind::kSketch, block, planes, {second, third}};
+SelectorSpec Sketch(int block, int planes, float second = 1.0f, float third = 0.0f) {
+  return {SelectorKind::kSketch, block, planes, {second, third > 0 ? third : second}};
 }
 
 // kv_heads x group heads; attention sharp enough that what is selected decides what comes out.
@@ -139,6 +136,7 @@ TEST_P(ReferenceTest, SameBlocksSameTokens) {
             << "; a window repaired up to " << report.repaired << "; " << report.distinct_tokens
             << " distinct tokens\n";
   for (const std::string& failure : report.failures) ADD_FAILURE() << failure;
+  if (HasFailure()) return;  // The generation ended there.
 
   // Choices that rounding decided must be rare, or the intervals hide something.
   EXPECT_LE(report.differing_ids, report.kept_ids / 1000);
@@ -155,82 +153,6 @@ TEST_P(ReferenceTest, SameBlocksSameTokens) {
 
 INSTANTIATE_TEST_SUITE_P(Selectors, ReferenceTest, ::testing::ValuesIn(Cases()),
                          [](const auto& info) { return info.param.name; });
-
-// ---- the schedule -------------------------------------------------------------------------------
-
-engine::AttentionPolicy PolicyOf(const ScheduleRules& rules) {
-  engine::AttentionPolicy policy;
-  policy.mode = rules.mode == ReferenceMode::kDense    ? engine::AttentionMode::kDense
-                : rules.mode == ReferenceMode::kSparse ? engine::AttentionMode::kSparse
-                                                       : engine::AttentionMode::kRectified;
-  policy.keep_ratio = rules.keep_ratio;
-  policy.min_tokens = rules.min_tokens;
-  policy.local_tokens = rules.local_tokens;
-  policy.sink_tokens = rules.sink_tokens;
-  policy.rectify_interval = rules.interval;
-  return policy;
-}
-
-ScheduleRules RandomRules(std::mt19937* random) {
-  const auto below = [&](int n) { return static_cast<int>((*random)() % n); };
-  ScheduleRules rules;
-  rules.mode = static_cast<ReferenceMode>(below(3));
-  rules.keep_ratio = (1 + below(100)) / 100.0;
-  rules.min_tokens = 1 + below(200);
-  rules.local_tokens = 1 + below(40);
-  rules.sink_tokens = below(40);
-  rules.interval = 8 * (1 + below(32));
-  rules.block_tokens = 4 << below(3);
-  rules.sparse_from = below(2) * below(400);
-  return rules;
-}
-
-// What the engine does next with a sequence, step for step, against the rules written down again.
-TEST(ReferenceScheduleTest, EngineTakesTheSameSteps) {
-  constexpr uint32_t kSeed = 23;
-  std::cout << "seed " << kSeed << "\n";
-  std::mt19937 random(kSeed);
-  int steps_seen = 0;
-  for (int round = 0; round < 400; ++round) {
-    const ScheduleRules rules = RandomRules(&random);
-    const int prompt = 1 + static_cast<int>(random() % 500);
-    constexpr int kNewTokens = 150;
-    engine::Request request;
-    request.prompt.assign(prompt, 1);
-    request.attention = PolicyOf(rules);
-    engine::Sequence sequence(request, 0, 0, {});
-    SelectorSpec selector;
-    selector.block_tokens = rules.block_tokens;
-    while (sequence.prefilling()) {
-      const engine::Work work = NextWork(sequence, selector, rules.sparse_from);
-      ASSERT_EQ(work.kind, engine::SegmentKind::kPrefill);
-      Advance(&sequence, work);
-    }
-    sequence.tokens.push_back(1);
-    for (const ScheduleStep& step : MakeSchedule(prompt, kNewTokens, rules)) {
-      const engine::Work work = NextWork(sequence, selector, rules.sparse_from);
-      const std::string where = "round " + std::to_string(round) + ", position " +
-                                std::to_string(step.end - 1) + ", prompt " + std::to_string(prompt);
-      ASSERT_EQ(work.begin, step.begin) << where;
-      ASSERT_EQ(work.end, step.end) << where;
-      ASSERT_TRUE(work.emits) << where;
-      ASSERT_EQ(work.sparse.has_value(), step.kind == ScheduleStep::Kind::kSparse) << where;
-      if (work.sparse.has_value()) {
-        ASSERT_EQ(work.sparse->keep_blocks, step.budget.keep) << where;
-        ASSERT_EQ(work.sparse->local_blocks, step.budget.local) << where;
-        ASSERT_EQ(work.sparse->sink_blocks, step.budget.sink) << where;
-      }
-      Advance(&sequence, work);
-      ASSERT_EQ(sequence.kv_len, step.end) << where;
-      if (rules.mode == ReferenceMode::kRectified) {
-        ASSERT_EQ(sequence.rectified_len, step.exact_len) << where;
-      }
-      sequence.tokens.push_back(1);
-      ++steps_seen;
-    }
-  }
-  std::cout << steps_seen << " steps\n";
-}
 
 }  // namespace
 }  // namespace resa::testing

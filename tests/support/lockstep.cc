@@ -45,6 +45,7 @@ Lockstep::Lockstep(const engine::LoadedModel& model, const kernels::SelectorSpec
   ReferenceOptions options;
   options.selector = selector;
   options.tolerance = tolerance.selection;
+  options.angles_in_f32 = true;
   for (int j = 0; j < config_.head_dim; ++j) {
     options.signs.push_back(static_cast<int>(kernels::SketchSign(j)));
   }

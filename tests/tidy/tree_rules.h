@@ -12,9 +12,9 @@
 //   text       no notes to self (to-do and the like), no line of C++ past 100 columns, no file past
 //              800 lines
 //   code       the product throws nothing, and only a main.cc reads the environment
-//   mirror     engine/x.cc has tests/engine/x_test.cc (kernels and server likewise), or is listed
-//   in
-//              tests/tidy/tested_elsewhere.txt with the test that covers it and the reason
+//   mirror     engine/x.cc has tests/engine/x_test.cc (kernels and server likewise; a backend's
+//              folder may be left out), or tests/tidy/tested_elsewhere.txt names the test that
+//              covers it and the reason
 //   declared   every *_test.cc stands in its folder's CMakeLists.txt, else it would never run
 
 #include <filesystem>

@@ -158,7 +158,7 @@ void Engine::Begin(Sequence* sequence) {
   sequence->max_output = MaxOutputTokens(request, options_.limits);
   sequence->last_step = step_count_;
   if (tokenizer_ != nullptr) {
-    DetokenizerOptions options;
+    Detokenizer::Options options;
     options.stop_strings = request.stop.strings;
     options.include_stop = request.stop.include_stop;
     options.skip_special_tokens = !request.output.keep_special_tokens;
@@ -338,10 +338,7 @@ void Engine::ForkSiblings(const Sequence& first) {
 
 bool Engine::EndsOutput(const Sequence& sequence, int32_t token) const {
   const StopCriteria& stop = sequence.request->stop;
-  // While tokens are forced, nothing stops the output but its length.
-  if (sequence.output_len() <= static_cast<int32_t>(sequence.request->forced_tokens.size())) {
-    return false;
-  }
+  if (sequence.forced()) return false;
   if (std::find(stop.token_ids.begin(), stop.token_ids.end(), token) != stop.token_ids.end()) {
     return true;
   }
@@ -379,7 +376,8 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
     finished.matched_stop_token = sample.token;
   }
   if (sequence->detokenizer != nullptr && (!stop_token || request.stop.include_stop)) {
-    Detokenizer::Step step = sequence->detokenizer->Push(sample.token);
+    const bool may_stop = !sequence->forced() && sequence->output_len() >= request.stop.min_tokens;
+    Detokenizer::Step step = sequence->detokenizer->Push(sample.token, may_stop);
     delta.text = std::move(step.text);
     if (step.matched_stop.has_value()) {
       ends = true;

@@ -35,7 +35,7 @@ struct SamplingParams {
 struct StopCriteria {
   // Output tokens at most, > 0; unset: whatever context and pool allow.
   std::optional<int32_t> max_tokens;
-  int32_t min_tokens = 0;            // EOS and stop token ids are banned before.
+  int32_t min_tokens = 0;  // EOS and stop token ids are banned before; strings do not act.
   std::vector<std::string> strings;  // At most kMaxStopStrings, none empty.
   std::vector<int32_t> token_ids;    // At most kMaxStopTokens.
   bool ignore_eos = false;

@@ -66,6 +66,10 @@ struct Sequence {
 
   int32_t size() const { return static_cast<int32_t>(tokens.size()); }
   int32_t output_len() const { return size() - prompt_len; }
+  // The newest output token was forced: nothing but its length ends the output here.
+  bool forced() const {
+    return output_len() <= static_cast<int32_t>(request->forced_tokens.size());
+  }
   bool prefilling() const { return kv_len < dense_target; }
 };
 

@@ -1,0 +1,135 @@
+#include "server/generate_reactor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <random>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
+#include "engine/status_macros.h"
+#include "server/grpc_status.h"
+#include "server/validate.h"
+
+namespace resa::server {
+namespace {
+
+uint64_t RandomSeed() {
+  thread_local std::random_device device;
+  return (uint64_t{device()} << 32) | device();
+}
+
+absl::Time Deadline(const grpc::CallbackServerContext& context) {
+  const std::chrono::system_clock::time_point deadline = context.deadline();
+  if (deadline == std::chrono::system_clock::time_point::max()) return absl::InfiniteFuture();
+  return absl::FromChrono(deadline);
+}
+
+// The trace id of a W3C traceparent header, "00-<32 hex>-<16 hex>-<2 hex>", or "".
+std::string TraceId(const grpc::CallbackServerContext& context) {
+  const auto header = context.client_metadata().find("traceparent");
+  if (header == context.client_metadata().end()) return "";
+  const std::vector<std::string> parts =
+      absl::StrSplit(absl::string_view(header->second.data(), header->second.size()), '-');
+  if (parts.size() < 4 || parts[1].size() != 32) return "";
+  for (const char c : parts[1]) {
+    if (!absl::ascii_isxdigit(static_cast<unsigned char>(c))) return "";
+  }
+  return parts[1];
+}
+
+}  // namespace
+
+GenerateReactor::GenerateReactor(grpc::CallbackServerContext* context,
+                                 std::shared_ptr<spdlog::logger> logger, bool log_prompts)
+    : context_(context),
+      logger_(std::move(logger)),
+      log_prompts_(log_prompts),
+      arrival_(absl::Now()) {}
+
+void GenerateReactor::Start(const resa::v1::GenerateRequest& request, const ServedModel& model,
+                            engine::Engine* engine) {
+  engine_ = engine;
+  trace_ = TraceId(*context_);
+  absl::StatusOr<engine::RequestId> id = Submit(request, model);
+  if (!id.ok()) {
+    Refuse(id.status());
+    return;
+  }
+  id_ = *id;
+}
+
+absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::GenerateRequest& request,
+                                                          const ServedModel& model) {
+  const uint64_t random = RandomSeed();
+  name_ = request.request_id();
+  if (name_.empty()) name_ = absl::StrCat("req-", absl::Hex(random, absl::kZeroPad16));
+  RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random));
+  engine_request->client_request_id = name_;
+  engine_request->deadline = Deadline(*context_);
+  if (log_prompts_) {
+    logger_->info("request {}: prompt {}", name_, request.ShortDebugString());
+  }
+  StreamWriter::Options options;
+  options.request_id = name_;
+  options.seed = engine_request->sampling.seed;
+  options.token_ids = engine_request->output.token_ids;
+  options.logprobs = engine_request->output.logprobs;
+  options.outputs = std::max(1, engine_request->n);  // The engine refuses what is below.
+  options.keep_text = log_prompts_;
+  writer_ = std::make_shared<StreamWriter>(std::move(options), this);
+  engine_request->sink = writer_;
+  return engine_->Submit(std::move(engine_request));
+}
+
+void GenerateReactor::Refuse(const absl::Status& status) {
+  if (absl::IsResourceExhausted(status)) {
+    context_->AddTrailingMetadata("grpc-retry-pushback-ms",
+                                  absl::StrCat(absl::ToInt64Milliseconds(kRetryDelay)));
+  }
+  Finish(status);
+}
+
+void GenerateReactor::StartWrite(const resa::v1::GenerateResponse& response) {
+  ServerWriteReactor::StartWrite(&response);
+}
+
+void GenerateReactor::Finish(const absl::Status& status) {
+  status_ = status;
+  ServerWriteReactor::Finish(ToGrpcStatus(status));
+}
+
+void GenerateReactor::OnWriteDone(bool ok) {
+  if (!ok) engine_->Cancel(id_);
+  writer_->OnWriteDone(ok);
+}
+
+void GenerateReactor::OnCancel() {
+  if (engine_ != nullptr && id_ != engine::RequestId()) engine_->Cancel(id_);
+}
+
+void GenerateReactor::OnDone() {
+  Log();
+  delete this;
+}
+
+void GenerateReactor::Log() {
+  const StreamSummary summary = writer_ != nullptr ? writer_->Summary() : StreamSummary();
+  const std::string trace = trace_.empty() ? "" : absl::StrCat(" trace ", trace_);
+  // Client ids are escaped: a line of the log stays one line.
+  const std::string name = absl::CEscape(name_);
+  logger_->info(
+      "request {}{}: {}, {} prompt and {} output tokens in {} messages, first token {}, "
+      "total {}",
+      name, trace, status_.ok() ? "OK" : absl::CEscape(ToRpcStatus(status_).message()),
+      summary.prompt_tokens, summary.output_tokens, summary.messages,
+      absl::FormatDuration(summary.first_token), absl::FormatDuration(absl::Now() - arrival_));
+  for (size_t i = 0; i < summary.texts.size(); ++i) {
+    logger_->info("request {}: output {} {}", name, i, absl::CEscape(summary.texts[i]));
+  }
+}
+
+}  // namespace resa::server

@@ -1,0 +1,64 @@
+#ifndef RESA_SERVER_GENERATE_REACTOR_H_
+#define RESA_SERVER_GENERATE_REACTOR_H_
+
+// One Generate call: gRPC's side of a StreamWriter.
+
+#include <memory>
+#include <string>
+
+#include "absl/time/time.h"
+#include "engine/engine.h"
+#include "resa/v1/inference.grpc.pb.h"
+#include "server/served_model.h"
+#include "server/stream_writer.h"
+#include "spdlog/logger.h"
+
+namespace resa::server {
+
+// Deletes itself when gRPC is done with the call.
+//
+// Life: Start (handler's thread) submits the request. From then on the engine's thread drives the
+// StreamWriter, which calls StartWrite and Finish here; gRPC's threads call OnWriteDone and
+// OnCancel. gRPC calls OnDone last: after Finish, after every write, and after the handler.
+class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::GenerateResponse>,
+                              private StreamTransport {
+ public:
+  GenerateReactor(grpc::CallbackServerContext* context, std::shared_ptr<spdlog::logger> logger,
+                  bool log_prompts);
+
+  // Once. Ends the call at once when the request is refused.
+  void Start(const resa::v1::GenerateRequest& request, const ServedModel& model,
+             engine::Engine* engine);
+  // Instead of Start: ends the call before it began.
+  void Refuse(const absl::Status& status);
+
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+
+ private:
+  ~GenerateReactor() override = default;
+
+  absl::StatusOr<engine::RequestId> Submit(const resa::v1::GenerateRequest& request,
+                                           const ServedModel& model);
+  void StartWrite(const resa::v1::GenerateResponse& response) override;
+  void Finish(const absl::Status& status) override;
+  void Log();
+
+  grpc::CallbackServerContext* const context_;
+  const std::shared_ptr<spdlog::logger> logger_;
+  const bool log_prompts_;
+  const absl::Time arrival_;
+  // Set by Start, before gRPC can call back.
+  std::string name_;   // request_id, or one made up.
+  std::string trace_;  // Of the traceparent header, or empty.
+  engine::Engine* engine_ = nullptr;
+  engine::RequestId id_;
+  std::shared_ptr<StreamWriter> writer_;  // Null when refused before it was made.
+  // Set by Finish, read by OnDone.
+  absl::Status status_;
+};
+
+}  // namespace resa::server
+
+#endif  // RESA_SERVER_GENERATE_REACTOR_H_

@@ -1,0 +1,93 @@
+#include "server/http_server.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
+#include "civetweb.h"
+
+namespace resa::server {
+
+struct HttpServer::Listener {
+  std::map<std::string, Handler> handlers;
+  mg_context* context = nullptr;
+
+  ~Listener() {
+    if (context != nullptr) mg_stop(context);
+  }
+};
+
+namespace {
+
+void Send(mg_connection* connection, const HttpResponse& response, bool with_body) {
+  mg_printf(connection,
+            "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %zu\r\n"
+            "Connection: close\r\n\r\n",
+            response.status, mg_get_response_code_text(connection, response.status),
+            response.content_type.c_str(), response.body.size());
+  if (with_body) mg_write(connection, response.body.data(), response.body.size());
+}
+
+// Every request comes here: civetweb's own handling of files is never reached.
+int OnRequest(mg_connection* connection) {
+  const mg_request_info* info = mg_get_request_info(connection);
+  const auto* handlers =
+      static_cast<const std::map<std::string, HttpServer::Handler>*>(info->user_data);
+  const absl::string_view method = info->request_method;
+  const auto handler = handlers->find(info->local_uri != nullptr ? info->local_uri : "");
+  HttpResponse response;
+  if (handler == handlers->end()) {
+    response.status = 404;
+    response.body = "no such path; there are:\n";
+    for (const auto& [path, unused] : *handlers) absl::StrAppend(&response.body, path, "\n");
+  } else if (method != "GET" && method != "HEAD") {
+    response.status = 405;
+    response.body = "only GET and HEAD\n";
+  } else {
+    response = handler->second();
+  }
+  Send(connection, response, method != "HEAD");
+  return response.status;
+}
+
+// civetweb would write to the terminal; what matters comes back as a status.
+int OnLogMessage(const mg_connection* /*connection*/, const char* /*message*/) { return 1; }
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
+    const std::string& address, std::map<std::string, Handler> handlers) {
+  auto listener = std::make_unique<Listener>();
+  listener->handlers = std::move(handlers);
+
+  // civetweb takes addresses, not names.
+  std::string port = address;
+  absl::string_view name = address;
+  if (absl::ConsumePrefix(&name, "localhost:")) port = absl::StrCat("127.0.0.1:", name);
+  const char* options[] = {
+      "listening_ports",          port.c_str(), "num_threads", "2", "request_timeout_ms", "10000",
+      "enable_directory_listing", "no",         nullptr};
+  mg_callbacks callbacks = {};
+  callbacks.begin_request = &OnRequest;
+  callbacks.log_message = &OnLogMessage;
+  static const unsigned initialised = mg_init_library(MG_FEATURES_DEFAULT);
+  (void)initialised;
+  listener->context = mg_start(&callbacks, &listener->handlers, options);
+  if (listener->context == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address,
+                                               "; is the port taken? (--http-listen)"));
+  }
+  mg_server_port ports[1] = {};
+  if (mg_get_server_ports(listener->context, 1, ports) != 1) {
+    return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address));
+  }
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(listener), ports[0].port));
+}
+
+HttpServer::HttpServer(std::unique_ptr<Listener> listener, int port)
+    : listener_(std::move(listener)), port_(port) {}
+
+HttpServer::~HttpServer() = default;
+
+}  // namespace resa::server

@@ -1,0 +1,120 @@
+// resad: wiring only. The one file that names a backend.
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/synchronization/notification.h"
+#include "kernels/cpu/cpu_ops.h"
+#include "server/config.h"
+#include "server/daemon.h"
+#include "server/serving_stack.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
+
+namespace {
+
+using ::resa::server::CommandLine;
+using ::resa::server::Config;
+using ::resa::server::Daemon;
+using ::resa::server::ServingStack;
+
+int Fail(const absl::Status& status) {
+  std::fprintf(stderr, "resad: %s\n", std::string(status.message()).c_str());
+  return 1;
+}
+
+std::shared_ptr<spdlog::logger> MakeLogger(const resa::server::LogOptions& options) {
+  auto logger =
+      std::make_shared<spdlog::logger>("resad", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+  logger->set_pattern("%Y-%m-%dT%H:%M:%S.%eZ %l %v", spdlog::pattern_time_type::utc);
+  logger->set_level(spdlog::level::from_str(options.level));
+  logger->flush_on(spdlog::level::trace);
+  return logger;
+}
+
+std::unique_ptr<resa::kernels::Ops> MakeOps(const resa::server::DeviceOptions& options) {
+  return resa::kernels::CreateCpuOps(resa::kernels::CpuOptions{.threads = options.threads});
+}
+
+// Waits for SIGTERM and SIGINT on a thread of its own. The first asks to stop; another one, or the
+// first while there is nothing to drain yet, ends the process at once.
+class SignalWaiter {
+ public:
+  // REQUIRES that no other thread runs yet: threads inherit the blocked signals.
+  SignalWaiter() {
+    sigemptyset(&signals_);
+    sigaddset(&signals_, SIGTERM);
+    sigaddset(&signals_, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
+    std::thread([this] { Loop(); }).detach();
+  }
+
+  void StartServing() { serving_.store(true); }
+  void WaitForStop() { stop_.WaitForNotification(); }
+
+ private:
+  void Loop() {
+    while (true) {
+      int signal = 0;
+      if (sigwait(&signals_, &signal) != 0) continue;
+      if (!serving_.load() || stop_.HasBeenNotified()) _exit(0);
+      stop_.Notify();
+    }
+  }
+
+  sigset_t signals_;
+  std::atomic<bool> serving_ = false;
+  absl::Notification stop_;
+};
+
+int Check(const Config& config, spdlog::logger* logger) {
+  const auto stack = ServingStack::Load(config, MakeOps(config.device), logger);
+  if (!stack.ok()) return Fail(stack.status());
+  logger->info("the settings and the model are good");
+  return 0;
+}
+
+int Serve(const Config& config, std::shared_ptr<spdlog::logger> logger) {
+  // Outlives everything: its thread runs until the process ends.
+  static SignalWaiter* const signals = new SignalWaiter;
+  const auto daemon = Daemon::Create(config, logger);
+  if (!daemon.ok()) return Fail(daemon.status());
+  if (const absl::Status status = (*daemon)->Load(MakeOps(config.device)); !status.ok()) {
+    return Fail(status);
+  }
+  signals->StartServing();
+  signals->WaitForStop();
+  (*daemon)->Drain();
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> args(argv + 1, argv + argc);
+  const absl::StatusOr<CommandLine> line = resa::server::ParseCommandLine(args);
+  if (!line.ok()) return Fail(line.status());
+  if (line->help) {
+    std::fputs(resa::server::HelpText().c_str(), stdout);
+    return 0;
+  }
+  if (line->version) {
+    std::printf("resad %s\n", resa::server::kServerVersion);
+    return 0;
+  }
+  const absl::StatusOr<Config> config = resa::server::ResolveConfig(line->settings);
+  if (!config.ok()) return Fail(config.status());
+  if (!resa::kernels::CpuSupported()) {
+    return Fail(absl::FailedPreconditionError(
+        "--device: this CPU lacks what the kernels need (on x86-64: AVX2, FMA, F16C and BMI2)"));
+  }
+  std::shared_ptr<spdlog::logger> logger = MakeLogger(config->log);
+  return line->check ? Check(*config, logger.get()) : Serve(*config, logger);
+}

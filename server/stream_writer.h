@@ -1,0 +1,101 @@
+#ifndef RESA_SERVER_STREAM_WRITER_H_
+#define RESA_SERVER_STREAM_WRITER_H_
+
+// Between the engine, which hands out tokens without ever waiting, and a stream that takes one
+// message at a time. While a write is outstanding, further deltas of the same output join into one
+// message; what waits is bounded, and a reader that falls behind the bound loses its request.
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "engine/request.h"
+#include "resa/v1/inference.pb.h"
+
+namespace resa::server {
+
+// What is below: one stream of one call. Both methods return without waiting and without calling
+// back into the StreamWriter on the same thread.
+class StreamTransport {
+ public:
+  virtual ~StreamTransport() = default;
+  // One at a time: the next comes after StreamWriter::OnWriteDone. `response` stays until then.
+  virtual void StartWrite(const resa::v1::GenerateResponse& response) = 0;
+  // The last call. The transport may be gone when it returns.
+  virtual void Finish(const absl::Status& status) = 0;
+};
+
+// How a call ended, for the log.
+struct StreamSummary {
+  int64_t prompt_tokens = 0;
+  int64_t output_tokens = 0;  // Over all outputs that finished.
+  int64_t messages = 0;       // Written to the stream.
+  absl::Duration first_token;
+  std::vector<std::string> texts;  // By output; only with Options::keep_text.
+};
+
+// Thread-safe: the engine's thread calls the sink, the transport's threads OnWriteDone.
+class StreamWriter final : public engine::OutputSink {
+ public:
+  struct Options {
+    std::string request_id;  // Told in Accepted, with the seed.
+    uint64_t seed = 0;
+    bool token_ids = false;  // Show token ids.
+    bool logprobs = false;
+    int outputs = 1;         // How many Finished end the stream.
+    bool keep_text = false;  // Collect the outputs for the log.
+    // OnDelta refuses once more than this waits.
+    size_t max_waiting_bytes = 4 << 20;
+    // Larger deltas are cut. gRPC clients take messages of 4 MiB unless told otherwise.
+    size_t max_message_bytes = 1 << 20;
+  };
+
+  // `transport` must live until its Finish has been called.
+  StreamWriter(Options options, StreamTransport* transport);
+
+  void OnAccepted(int32_t prompt_tokens, int32_t cached_tokens) override;
+  bool OnDelta(engine::Delta delta) override;
+  void OnFinished(engine::Finished finished) override;
+  void OnError(const absl::Status& status) override;
+
+  // The write that StartWrite began is over; `ok` false: the stream is broken, nothing more will be
+  // written, and Finish follows when the engine ends the request.
+  void OnWriteDone(bool ok);
+
+  StreamSummary Summary() const;
+
+ private:
+  struct Waiting {
+    resa::v1::GenerateResponse response;
+    size_t bytes = 0;
+  };
+
+  void Append(const engine::Delta& delta) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The waiting delta of this output that can take `bytes` more, or a new one at the end.
+  Waiting* DeltaFor(int32_t index, size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Starts what can be started: the next write, or the end.
+  void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const Options options_;
+
+  mutable absl::Mutex mutex_;
+  StreamTransport* transport_ ABSL_GUARDED_BY(mutex_);  // Null once finished.
+  std::deque<Waiting> waiting_ ABSL_GUARDED_BY(mutex_);
+  size_t waiting_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  resa::v1::GenerateResponse in_flight_ ABSL_GUARDED_BY(mutex_);
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool broken_ ABSL_GUARDED_BY(mutex_) = false;
+  int open_outputs_ ABSL_GUARDED_BY(mutex_);
+  std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
+  StreamSummary summary_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace resa::server
+
+#endif  // RESA_SERVER_STREAM_WRITER_H_

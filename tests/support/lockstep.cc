@@ -10,6 +10,7 @@
 #include <sstream>
 #include <utility>
 
+#include "kernels/bf16.h"
 #include "kernels/check.h"
 #include "kernels/sketch.h"
 #include "tests/support/kv_snapshot.h"
@@ -20,7 +21,7 @@ namespace {
 
 constexpr size_t kMaxFailures = 8;
 
-double RelativeError(const Vector& expected, const float* actual) {
+double RelativeError(const Vector& expected, std::span<const double> actual) {
   double error = 0, norm = 0;
   for (size_t j = 0; j < expected.size(); ++j) {
     error += (expected[j] - actual[j]) * (expected[j] - actual[j]);
@@ -36,29 +37,32 @@ void KeepMax(double* max, double x) {
 
 }  // namespace
 
-Lockstep::Lockstep(const engine::LoadedModel& model, const kernels::SelectorSpec& selector,
-                   const LockstepTolerance& tolerance, int max_context, kernels::Ops* ops)
+Lockstep::Lockstep(const engine::LoadedModel& model, const LockstepOptions& options,
+                   kernels::Ops* ops)
     : config_(model.config),
-      tolerance_(tolerance),
+      tolerance_(options.tolerance),
+      kv_dtype_(options.kv_dtype),
       ops_(ops),
       model_(ReferenceModelOf(model.config, model.weights)) {
-  ReferenceOptions options;
-  options.selector = selector;
-  options.tolerance = tolerance.selection;
-  options.angles_in_f32 = true;
+  ReferenceOptions reference;
+  reference.selector = options.selector;
+  reference.kv_in_bf16 = options.kv_dtype == kernels::DType::kBF16;
+  reference.angles_in_f32 = true;
+  reference.tolerance = tolerance_.selection;
   for (int j = 0; j < config_.head_dim; ++j) {
-    options.signs.push_back(static_cast<int>(kernels::SketchSign(j)));
+    reference.signs.push_back(static_cast<int>(kernels::SketchSign(j)));
   }
-  reference_ = std::make_unique<ReferenceDecoder>(&model_, options);
+  if (options.plant) options.plant(&reference);
+  reference_ = std::make_unique<ReferenceDecoder>(&model_, reference);
 
-  const int pages = (max_context + kernels::kPageTokens - 1) / kernels::kPageTokens;
+  const int pages = (options.max_context + kernels::kPageTokens - 1) / kernels::kPageTokens;
   Pages all(2 * pages);
   std::iota(all.begin(), all.end(), 0);
   std::shuffle(all.begin(), all.end(), std::mt19937(7));
   pages_.assign(all.begin(), all.begin() + pages);
   other_pages_.assign(all.begin() + pages, all.end());
   auto executor = engine::ModelExecutor::Create(
-      config_, model.weights, engine::LayoutFor(config_, selector, kernels::DType::kF32, 2 * pages),
+      config_, model.weights, engine::LayoutFor(config_, options.selector, kv_dtype_, 2 * pages),
       {.max_rows = 512, .max_segments = 1, .max_pages_per_sequence = pages}, &ops_);
   RESA_CHECK(executor.ok()) << executor.status();
   executor_ = *std::move(executor);
@@ -156,8 +160,7 @@ void Lockstep::TakeStep(const ScheduleStep& step) {
     if (step.kind == ScheduleStep::Kind::kWindow) {
       ++report_.windows;
       const Vector& exact = reference_->value(config_.num_layers - 1, 0, step.end - 2);
-      const std::vector<float> before(stale.begin(), stale.end());
-      KeepMax(&report_.repaired, RelativeError(exact, before.data()));
+      KeepMax(&report_.repaired, RelativeError(exact, stale));
     }
   }
   CompareKv(step.begin, step.end);
@@ -189,8 +192,9 @@ std::vector<int> Lockstep::JudgeChoice(int layer, int kv_head, std::span<const I
 void Lockstep::CompareQueries() {
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     for (int head = 0; head < config_.num_heads; ++head) {
-      const double error = RelativeError(reference_->last_queries()[layer][head],
-                                         &queries_[layer][int64_t{head} * config_.head_dim]);
+      const double error = RelativeError(
+          reference_->last_queries()[layer][head],
+          std::span(queries_[layer]).subspan(int64_t{head} * config_.head_dim, config_.head_dim));
       KeepMax(&report_.query_error, error);
       if (!(error <= tolerance_.selection.vector)) {
         Fail("query of layer " + std::to_string(layer) + ", head " + std::to_string(head) +
@@ -238,12 +242,23 @@ void Lockstep::CompareLogits(const Vector& expected, int32_t token) {
   }
 }
 
-const float* Lockstep::Pooled(bool key, int layer, int kv_head, int position) const {
+Vector Lockstep::Pooled(bool key, int layer, int kv_head, int position) const {
   const kernels::KvLayer& pool = executor_->kv().layer(layer);
+  const std::byte* data = key ? pool.k : pool.v;
   const int64_t page = pages_.at(position / kernels::kPageTokens);
   const int64_t row = (page * config_.num_kv_heads + kv_head) * kernels::kPageTokens +
                       position % kernels::kPageTokens;
-  return reinterpret_cast<const float*>(key ? pool.k : pool.v) + row * config_.head_dim;
+  const int64_t begin = row * config_.head_dim;
+  const int64_t end = begin + config_.head_dim;
+  if (kv_dtype_ == kernels::DType::kF32) {
+    const auto* values = reinterpret_cast<const float*>(data);
+    return Vector(values + begin, values + end);
+  }
+  Vector out;
+  for (int64_t i = begin; i < end; ++i) {
+    out.push_back(kernels::ToFloat(reinterpret_cast<const kernels::bf16*>(data)[i]));
+  }
+  return out;
 }
 
 void Lockstep::Fail(const std::string& what) {

@@ -9,7 +9,7 @@
 // does not part the two histories, and every later comparison stays tight.
 
 #include <cstdint>
-#include <map>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,6 +28,15 @@ struct LockstepTolerance {
   double logit = 0;              // Absolute.
 };
 
+struct LockstepOptions {
+  kernels::SelectorSpec selector;
+  kernels::DType kv_dtype = kernels::DType::kF32;
+  LockstepTolerance tolerance;
+  int max_context = 0;
+  // Changes what the reference believes: a planted error, to see that it is noticed.
+  std::function<void(ReferenceOptions*)> plant;
+};
+
 struct LockstepReport {
   int sparse_rows = 0;
   int windows = 0;
@@ -42,12 +51,11 @@ struct LockstepReport {
   std::vector<std::string> failures;  // The first few.
 };
 
-// Thread: one. Host backends with f32 activations and f32 K/V only.
+// Thread: one. Host backends with f32 activations only.
 class Lockstep {
  public:
   // `model` and `ops` must outlive it.
-  Lockstep(const engine::LoadedModel& model, const kernels::SelectorSpec& selector,
-           const LockstepTolerance& tolerance, int max_context, kernels::Ops* ops);
+  Lockstep(const engine::LoadedModel& model, const LockstepOptions& options, kernels::Ops* ops);
 
   // Prefills in chunks of `chunk`, then takes the schedule's steps, greedily. Once per object.
   LockstepReport Run(const std::vector<int32_t>& prompt, const std::vector<ScheduleStep>& schedule,
@@ -70,11 +78,12 @@ class Lockstep {
   void CompareQueries();
   void CompareKv(int begin, int end);
   void CompareLogits(const Vector& expected, int32_t token);
-  const float* Pooled(bool key, int layer, int kv_head, int position) const;
+  Vector Pooled(bool key, int layer, int kv_head, int position) const;
   void Fail(const std::string& what);
 
   const engine::ModelConfig& config_;
   const LockstepTolerance tolerance_;
+  const kernels::DType kv_dtype_;
   ObservingOps ops_;
   ReferenceModel model_;
   std::unique_ptr<ReferenceDecoder> reference_;
@@ -87,7 +96,7 @@ class Lockstep {
 
   // What the observer saw in the last step: per layer.
   std::vector<std::vector<int32_t>> selected_;  // [kv_head * keep + i]
-  std::vector<std::vector<float>> queries_;     // [head * d + j]
+  std::vector<Vector> queries_;                 // [head * d + j]
   std::vector<float> logits_;
 };
 

@@ -58,8 +58,8 @@ absl::StatusOr<RequestId> Engine::Submit(std::unique_ptr<Request> request) {
     status = absl::InvalidArgumentError("stop.strings: this engine has no tokenizer");
   }
   if (!status.ok()) {
-    observer_->OnRejected(absl::IsOutOfRange(status) ? RejectReason::kTooLong
-                                                     : RejectReason::kInvalid);
+    observer_->OnRejected(CanEverFit(*request, options_.limits) ? RejectReason::kInvalid
+                                                                : RejectReason::kTooLong);
     return status;
   }
   const RequestId id{next_id_.fetch_add(1, std::memory_order_relaxed)};

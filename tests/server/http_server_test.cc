@@ -1,0 +1,69 @@
+#include "server/http_server.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/support/http_client.h"
+
+namespace resa::server {
+namespace {
+
+using ::resa::testing::HttpRequest;
+using ::testing::EndsWith;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+std::unique_ptr<HttpServer> StartServer() {
+  auto server = HttpServer::Start(
+      "127.0.0.1:0", {{"/hello", [] { return HttpResponse{.body = "hello\n"}; }},
+                      {"/sick", [] { return HttpResponse{.status = 503, .body = "sick\n"}; }}});
+  EXPECT_TRUE(server.ok()) << server.status();
+  return *std::move(server);
+}
+
+TEST(HttpServerTest, ServesItsPathsOnAFreePort) {
+  const auto server = StartServer();
+  ASSERT_GT(server->port(), 0);
+  const std::string response = HttpRequest(server->port(), "GET", "/hello");
+  EXPECT_THAT(response, StartsWith("HTTP/1.1 200 OK\r\n"));
+  EXPECT_THAT(response, HasSubstr("Content-Type: text/plain; charset=utf-8\r\n"));
+  EXPECT_THAT(response, HasSubstr("Content-Length: 6\r\n"));
+  EXPECT_THAT(response, EndsWith("\r\n\r\nhello\n"));
+}
+
+TEST(HttpServerTest, TakesQueriesAndHead) {
+  const auto server = StartServer();
+  EXPECT_THAT(HttpRequest(server->port(), "GET", "/hello?x=1"), EndsWith("hello\n"));
+  const std::string head = HttpRequest(server->port(), "HEAD", "/hello");
+  EXPECT_THAT(head, HasSubstr("Content-Length: 6\r\n"));
+  EXPECT_THAT(head, EndsWith("\r\n\r\n"));
+}
+
+TEST(HttpServerTest, PassesTheHandlersStatusOn) {
+  const auto server = StartServer();
+  EXPECT_THAT(HttpRequest(server->port(), "GET", "/sick"), StartsWith("HTTP/1.1 503 "));
+}
+
+TEST(HttpServerTest, RefusesOtherPathsAndMethods) {
+  const auto server = StartServer();
+  const std::string missing = HttpRequest(server->port(), "GET", "/hello/..");
+  EXPECT_THAT(missing, StartsWith("HTTP/1.1 404 "));
+  EXPECT_THAT(missing, HasSubstr("/hello\n/sick\n"));
+  EXPECT_THAT(HttpRequest(server->port(), "GET", "/etc/passwd"), StartsWith("HTTP/1.1 404 "));
+  EXPECT_THAT(HttpRequest(server->port(), "POST", "/hello"), StartsWith("HTTP/1.1 405 "));
+}
+
+TEST(HttpServerTest, ATakenPortIsAnError) {
+  const auto server = StartServer();
+  const std::string address = "127.0.0.1:" + std::to_string(server->port());
+  const auto second = HttpServer::Start(address, {});
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(second.status().message()), HasSubstr(address));
+}
+
+TEST(HttpServerTest, LocalhostIsAName) {
+  EXPECT_TRUE(HttpServer::Start("localhost:0", {}).ok());
+  EXPECT_FALSE(HttpServer::Start("no.such.host:0", {}).ok());
+}
+
+}  // namespace
+}  // namespace resa::server

@@ -1,0 +1,14 @@
+#ifndef RESA_TESTS_SUPPORT_HTTP_CLIENT_H_
+#define RESA_TESTS_SUPPORT_HTTP_CLIENT_H_
+
+#include <string>
+
+namespace resa::testing {
+
+// Sends one HTTP/1.1 request to 127.0.0.1:port and returns all that comes back, headers included,
+// until the server closes. Empty when nobody listens.
+std::string HttpRequest(int port, const std::string& method, const std::string& path);
+
+}  // namespace resa::testing
+
+#endif  // RESA_TESTS_SUPPORT_HTTP_CLIENT_H_

@@ -6,9 +6,12 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
-#define RESA_RETURN_IF_ERROR(expression)                                    \
-  do {                                                                      \
-    if (absl::Status status_ = (expression); !status_.ok()) return status_; \
+// The variable's name must be no one else's: RESA_RETURN_IF_ERROR(status_) is to look at a member.
+#define RESA_RETURN_IF_ERROR(expression)                                                          \
+  do {                                                                                            \
+    if (absl::Status resa_status_of_expression = (expression); !resa_status_of_expression.ok()) { \
+      return resa_status_of_expression;                                                           \
+    }                                                                                             \
   } while (false)
 
 // RESA_ASSIGN_OR_RETURN(const int x, Function()): declares or assigns the left side.

@@ -387,6 +387,15 @@ TEST(LoadModelTest, OnlyLlamaFilesAreInterleaved) {
   ExpectAllValues(*model, kUntied);
 }
 
+// Otherwise the fuzzer would never get as far as the weights.
+TEST(LoadModelTest, FuzzSeedsAreWholeModels) {
+  for (const char* seed : {"llama_q4_0", "qwen3_q8_0"}) {
+    const auto model =
+        LoadModel(resa::testing::SourcePath(absl::StrCat("tests/fuzz/corpus/gguf_fuzz/", seed)));
+    EXPECT_TRUE(model.ok()) << model.status();
+  }
+}
+
 TEST(LoadModelTest, GgufFilesWithoutWhatTheModelNeedsAreRefused) {
   TempFolder folder;
   const auto error_with = [&](const std::function<void(GgufBuilder&)>& edit) {

@@ -2,6 +2,7 @@
 // executor and CPU kernels with f32 K/V on random models, and the float64 reference beside them,
 // in lockstep over generations of hundreds of tokens. The same blocks, the same tokens.
 
+#include <cstdlib>
 #include <functional>
 #include <iomanip>
 #include <iostream>
@@ -40,11 +41,11 @@ LockstepTolerance Tolerance() {
 }
 
 // With K and V in bf16 a component whose f32 value lies next to a rounding boundary is stored one
-// step of up to 2^-7 of itself apart: a few of d do, so 2^-8 of the norm. Attention over hundreds
-// of such keys averages most of it out again: the logits move by 2^-8 times 3 at the worst.
+// step, up to 2^-7 of itself, apart; were it all of them, 2^-7 of the norm. Attention over hundreds
+// of keys averages most of it out again: the logits move by 2^-8 times 3 at the worst.
 LockstepTolerance Bf16Tolerance() {
   LockstepTolerance tolerance = Tolerance();
-  tolerance.selection.vector = 1.0 / 256;
+  tolerance.selection.vector = 1.0 / 128;
   tolerance.logit = 3.0 / 256;
   return tolerance;
 }
@@ -124,6 +125,12 @@ std::vector<Case> Cases() {
   return cases;
 }
 
+// Other models and prompts for RESA_TEST_SEED=n; the expectations hold for any.
+uint64_t SeedOffset() {
+  const char* given = std::getenv("RESA_TEST_SEED");
+  return given == nullptr ? 0 : std::strtoull(given, nullptr, 10);
+}
+
 class ReferenceTest : public ::testing::TestWithParam<Case> {
  protected:
   static void SetUpTestSuite() { ops_ = kernels::CreateCpuOps({.threads = 2}).release(); }
@@ -139,9 +146,9 @@ TEST_P(ReferenceTest, SameBlocksSameTokens) {
   const Case& test = GetParam();
   const bool bf16 = test.kv_dtype == kernels::DType::kBF16;
   const LockstepTolerance tolerance = bf16 ? Bf16Tolerance() : Tolerance();
-  const engine::LoadedModel model = MakeTinyModel(test.model, test.seed);
-  const std::vector<int32_t> prompt =
-      RandomTokens(test.prompt, test.model.vocab_size, test.seed + 1000);
+  const uint64_t seed = test.seed + SeedOffset();
+  const engine::LoadedModel model = MakeTinyModel(test.model, seed);
+  const std::vector<int32_t> prompt = RandomTokens(test.prompt, test.model.vocab_size, seed + 1000);
   const std::vector<ScheduleStep> schedule = MakeSchedule(test.prompt, test.new_tokens, test.rules);
   Lockstep lockstep(model,
                     {.selector = test.selector,
@@ -152,7 +159,7 @@ TEST_P(ReferenceTest, SameBlocksSameTokens) {
                     ops_);
   const LockstepReport report = lockstep.Run(prompt, schedule, /*chunk=*/96);
 
-  std::cout << std::setprecision(2) << "seed " << test.seed << ": " << report.sparse_rows
+  std::cout << std::setprecision(2) << "seed " << seed << ": " << report.sparse_rows
             << " sparse rows, " << report.windows << " windows, " << report.differing_ids << " of "
             << report.kept_ids << " ids differ, " << report.near_tie_tokens << " of "
             << test.new_tokens << " tokens are near ties; errors: q " << report.query_error
@@ -170,7 +177,7 @@ TEST_P(ReferenceTest, SameBlocksSameTokens) {
   EXPECT_GE(report.distinct_tokens, 20);
   if (test.rules.mode == ReferenceMode::kRectified) {
     EXPECT_GE(report.windows, 2);
-    EXPECT_GT(report.repaired, 100 * tolerance.selection.vector);
+    EXPECT_GT(report.repaired, 0.1);
     EXPECT_EQ(lockstep.DifferenceFromPrefill(schedule.back().exact_len, /*chunk=*/130), "");
   }
 }

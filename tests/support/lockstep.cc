@@ -94,8 +94,9 @@ LockstepReport Lockstep::Run(const std::vector<int32_t>& prompt,
     TakeStep(step);
     if (!report_.failures.empty()) break;  // What follows would only repeat the first one.
   }
+  report_.output.assign(tokens_.begin() + length, tokens_.end());
   report_.distinct_tokens =
-      static_cast<int>(std::set<int32_t>(tokens_.begin() + length, tokens_.end()).size());
+      static_cast<int>(std::set<int32_t>(report_.output.begin(), report_.output.end()).size());
   return report_;
 }
 

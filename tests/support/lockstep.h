@@ -40,14 +40,15 @@ struct LockstepOptions {
 struct LockstepReport {
   int sparse_rows = 0;
   int windows = 0;
-  int distinct_tokens = 0;
-  int near_tie_tokens = 0;    // Other than ours, by a gap in the logits within the tolerance.
-  int64_t kept_ids = 0;       // Over sparse rows, layers and KV heads.
-  int64_t differing_ids = 0;  // Kept by the engine and not by us.
-  double query_error = 0;     // The largest seen, relative.
-  double kv_error = 0;        // The largest seen, relative.
-  double logit_error = 0;     // The largest seen, absolute.
-  double repaired = 0;        // The largest relative change of a value by a window.
+  std::vector<int32_t> output;  // The engine's tokens after the prompt.
+  int distinct_tokens = 0;      // In the output.
+  int near_tie_tokens = 0;      // Other than ours, by a gap in the logits within the tolerance.
+  int64_t kept_ids = 0;         // Over sparse rows, layers and KV heads.
+  int64_t differing_ids = 0;    // Kept by the engine and not by us.
+  double query_error = 0;       // The largest seen, relative.
+  double kv_error = 0;          // The largest seen, relative.
+  double logit_error = 0;       // The largest seen, absolute.
+  double repaired = 0;          // The largest relative change of a value by a window.
   std::vector<std::string> failures;  // The first few.
 };
 

@@ -175,7 +175,18 @@ TEST_F(PlantedTest, StaleOrUnexplainedListLines) {
 
 TEST_F(PlantedTest, TestThatNeverRuns) {
   Write("tests/engine/silent_test.cc", "");
-  EXPECT_THAT(Check(), ElementsAre("declared tests/engine/silent_test.cc:0"));
+  Write("tests/engine/silent_too_test.cc", "");
+  Write("tests/engine/loop_test.cc", "");
+  EXPECT_THAT(Check(), ElementsAre("declared tests/engine/loop_test.cc:0",
+                                   "declared tests/engine/silent_test.cc:0",
+                                   "declared tests/engine/silent_too_test.cc:0"));
+  Write("tests/engine/CMakeLists.txt",
+        "foreach(name loop step)\n"
+        "  resa_test(${name}_test SOURCES ${name}_test.cc)\n"
+        "endforeach()\n"
+        "# silent_test.cc\n");
+  EXPECT_THAT(Check(), ElementsAre("declared tests/engine/silent_test.cc:0",
+                                   "declared tests/engine/silent_too_test.cc:0"));
 }
 
 }  // namespace

@@ -167,20 +167,28 @@ class Checker {
 
   void CheckDeclared(const SourceFile& file) {
     if (file.top() != "tests" || !file.EndsWith("_test.cc")) return;
-    const std::string folder = file.path.substr(0, file.path.rfind('/'));
-    for (std::string up = folder; !up.empty();
-         up = up.substr(0, std::max(up.rfind('/'), size_t{0}))) {
-      const SourceFile* lists = tree_.Find(up + "/CMakeLists.txt");
-      const std::string relative = file.path.substr(up.size() + 1);
-      if (lists != nullptr &&
-          std::any_of(lists->lines.begin(), lists->lines.end(), [&](const std::string& line) {
-            return line.find(relative) != std::string::npos;
-          })) {
-        return;
+    const size_t slash = file.path.rfind('/');
+    const SourceFile* lists = tree_.Find(file.path.substr(0, slash) + "/CMakeLists.txt");
+    if (lists != nullptr && Declares(*lists, file.path.substr(slash + 1))) return;
+    Add("declared", file.path, 0, "its folder's CMakeLists.txt does not name it: it never runs");
+  }
+
+  // By its full name, or by its stem in a loop over "${name}_test.cc".
+  static bool Declares(const SourceFile& lists, const std::string& name) {
+    const std::string stem = name.substr(0, name.size() - std::string_view("_test.cc").size());
+    bool loops = false, has_name = false, has_stem = false;
+    for (const std::string& line : lists.lines) {
+      if (line.find("}_test.cc") != std::string::npos) loops = true;
+      std::string words = line;
+      std::replace_if(
+          words.begin(), words.end(), [](char c) { return c == '(' || c == ')'; }, ' ');
+      std::istringstream in(words);
+      for (std::string word; in >> word && !word.starts_with('#');) {
+        has_name = has_name || word == name;
+        has_stem = has_stem || word == stem;
       }
-      if (up.find('/') == std::string::npos) break;
     }
-    Add("declared", file.path, 0, "no CMakeLists.txt names it, so it never runs");
+    return has_name || (loops && has_stem);
   }
 
   // Lines of "source test reason ...".

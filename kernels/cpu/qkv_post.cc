@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/cpu/targets.h"
 
@@ -69,7 +70,7 @@ HWY_INLINE void StoreBound(VF value, bf16* to) {
   StoreNarrow(hn::BitCast(DF(), hn::ShiftLeft<16>(narrow)), to);
 }
 
-// The element-wise bounds of a page's first `count` keys.
+// The element-wise bounds of a page's first `count` keys; both NaN where a key is.
 template <class T>
 void BuildMinMax(const T* keys, size_t count, size_t d, std::byte* descriptor) {
   auto* const lower = reinterpret_cast<bf16*>(descriptor);
@@ -77,11 +78,16 @@ void BuildMinMax(const T* keys, size_t count, size_t d, std::byte* descriptor) {
   for (size_t j = 0; j < d; j += kLanes) {
     VF least = LoadWide(keys + j);
     VF most = least;
+    auto nan = hn::IsNaN(least);
     for (size_t t = 1; t < count; ++t) {
       const VF key = LoadWide(keys + t * d + j);
       least = hn::Min(least, key);
       most = hn::Max(most, key);
+      nan = hn::Or(nan, hn::IsNaN(key));
     }
+    const VF not_a_number = hn::Set(DF(), std::numeric_limits<float>::quiet_NaN());
+    least = hn::IfThenElse(nan, not_a_number, least);
+    most = hn::IfThenElse(nan, not_a_number, most);
     StoreBound<false>(least, lower + j);
     StoreBound<true>(most, upper + j);
   }

@@ -335,15 +335,14 @@ void RankBlocks(const Masses& masses, size_t heads, size_t blocks, float* mass, 
 struct UnitMemory {
   Masses masses;       // [group][padded] each
   int32_t* survivors;  // [padded]: the blocks to score again, ascending
+  int32_t* previous;   // [padded]: those of the pass before
 };
-size_t UnitFloats(size_t blocks, size_t group) {
-  return PadTopK(blocks) * (2 * group + 1) + kTopKPadding;
-}
+size_t UnitFloats(size_t blocks, size_t group) { return PadTopK(blocks) * 2 * (group + 1); }
 UnitMemory MemoryOf(float* memory, const SelectUnit& unit, size_t group) {
   const size_t stride = PadTopK(unit.blocks);
   float* const begin = memory + unit.memory;
-  return UnitMemory{Masses{begin, begin + group * stride, stride},
-                    reinterpret_cast<int32_t*>(begin + 2 * group * stride)};
+  auto* const lists = reinterpret_cast<int32_t*>(begin + 2 * group * stride);
+  return UnitMemory{Masses{begin, begin + group * stride, stride}, lists, lists + stride};
 }
 
 size_t RefineCount(const SelectorSpec& spec, const SelectUnit& unit, int planes) {
@@ -429,13 +428,14 @@ class SketchSelect {
       unit.first_task = tasks;
       const size_t blocks = BlocksToScore(unit, planes);
       tasks += (blocks + per_task - 1) / per_task;
-      // The first pass reads all its planes and the scales, a later one its new plane.
+      if (blocks == 0) continue;
+      // The first pass reads its planes and the scales of every block, a later one new planes only.
       const bool first = planes == FirstPlanes(spec_, unit);
-      const size_t new_planes = first ? static_cast<size_t>(planes) : 1;
-      const size_t token_bytes = new_planes * d_ / 8 + (first ? sizeof(bf16) : 0);
-      counters_->blocks_scored += static_cast<int64_t>(blocks * new_planes);
-      counters_->descriptor_bytes +=
-          static_cast<int64_t>(blocks * static_cast<size_t>(spec_.block_tokens) * token_bytes);
+      const size_t reads = first ? blocks * static_cast<size_t>(planes) : unit.plane_reads;
+      const size_t scales = first ? blocks : 0;
+      counters_->blocks_scored += static_cast<int64_t>(reads);
+      counters_->descriptor_bytes += static_cast<int64_t>(static_cast<size_t>(spec_.block_tokens) *
+                                                          (reads * d_ / 8 + scales * sizeof(bf16)));
     }
     context_.pool.For(static_cast<int64_t>(tasks), [&](int64_t task, int) {
       const SelectUnit& unit = UnitOfTask(units_, num_units_, static_cast<size_t>(task));
@@ -480,16 +480,16 @@ class SketchSelect {
   // After the pass with `planes`: the survivors of the next pass, or the ids that are kept.
   void RankUnits(int planes) {
     context_.pool.For(static_cast<int64_t>(num_units_), [&](int64_t task, int thread) {
-      const SelectUnit& unit = units_[task];
+      SelectUnit& unit = units_[task];
       if (planes >= FirstPlanes(spec_, unit)) {
         RankUnit(unit, planes, &context_.of_thread[static_cast<size_t>(thread)]);
       }
     });
   }
 
-  void RankUnit(const SelectUnit& unit, int planes, Scratch* scratch) const {
+  void RankUnit(SelectUnit& unit, int planes, Scratch* scratch) const {
     const size_t room = PadTopK(unit.blocks) + kTopKPadding;
-    scratch->Reset(2 * Scratch::BytesFor<float>(room) + 3 * Scratch::BytesFor<uint32_t>(room));
+    scratch->Reset(2 * Scratch::BytesFor<float>(room) + 2 * Scratch::BytesFor<uint32_t>(room));
     float* const scores = scratch->Take<float>(room);
     float* const mass = scratch->Take<float>(room);
     uint32_t* const keys = scratch->Take<uint32_t>(room);
@@ -503,16 +503,18 @@ class SketchSelect {
       return;
     }
     const size_t count = RefineCount(spec_, unit, planes + 1);
-    if (planes == FirstPlanes(spec_, unit)) {
-      KeepBlocks(scores, unit.blocks, count, 0, 0, keys, live, memory.survivors);
-      return;
+    const size_t known = planes == FirstPlanes(spec_, unit) ? 0 : RefineCount(spec_, unit, planes);
+    std::copy_n(memory.survivors, known, memory.previous);
+    KeepBlocks(scores, unit.blocks, count, 0, 0, keys, live, memory.survivors);
+    // One new plane each, and the one before too where the pass before left a block out.
+    unit.plane_reads = count;
+    if (known > 0) {
+      size_t at = 0;
+      for (size_t i = 0; i < count; ++i) {
+        while (at < known && memory.previous[at] < memory.survivors[i]) ++at;
+        if (at == known || memory.previous[at] != memory.survivors[i]) ++unit.plane_reads;
+      }
     }
-    // Among the survivors: their scores moved together, and the chosen places mapped back.
-    const size_t candidates = RefineCount(spec_, unit, planes);
-    for (size_t i = 0; i < candidates; ++i) mass[i] = scores[memory.survivors[i]];
-    auto* const places = reinterpret_cast<int32_t*>(scratch->Take<uint32_t>(room));
-    KeepBlocks(mass, candidates, count, 0, 0, keys, live, places);
-    for (size_t i = 0; i < count; ++i) memory.survivors[i] = memory.survivors[places[i]];
   }
 
   Context& context_;

@@ -1,0 +1,140 @@
+// Linear: against float64, and bit by bit across batches and threads.
+
+#include "tests/kernels/compare.h"
+#include "tests/kernels/ops_fixture.h"
+
+namespace resa::testing {
+namespace {
+
+using kernels::bf16;
+
+// A sum of up to 2100 products in chains of at most 1024 / 8 * 2 multiply-adds, each rounded to
+// 2^-24 of a partial sum that is no larger than the final one on average: sqrt(256) 2^-24 = 1e-6.
+constexpr double kTolerance = 2e-6;
+
+class GemmTest : public OpsTest {
+ protected:
+  std::vector<float> Linear(kernels::Ops& ops, std::vector<float> x, std::vector<bf16>& weight,
+                            const std::vector<float>& bias, int64_t rows, const LinearCase& shape) {
+    std::vector<float> out = Poison(static_cast<size_t>(rows * shape.out));
+    ops.Linear({.x = AsMatrix(x, rows, shape.in),
+                .weight = AsMatrix(weight, shape.out, shape.in),
+                .bias = bias.empty() ? nullptr : bias.data(),
+                .out = AsMatrix(out, rows, shape.out)});
+    return out;
+  }
+};
+
+TEST_P(GemmTest, MatchesFloat64) {
+  auto ops = MakeOps(2);
+  for (const LinearCase& shape : kLinearCases) {
+    std::vector<bf16> weight = NormalBf16(static_cast<size_t>(shape.out * shape.in), 0.1f);
+    for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 31, 64, 530}) {
+      if (rows == 530 && shape.out > 64) continue;
+      const std::vector<float> x = Normal(static_cast<size_t>(rows * shape.in));
+      const std::vector<float> bias =
+          rows % 2 == 0 ? Normal(static_cast<size_t>(shape.out)) : std::vector<float>();
+      const std::vector<float> out = Linear(*ops, x, weight, bias, rows, shape);
+      const Doubles want = ReferenceLinear(x, weight, bias, rows, shape.out, shape.in);
+      EXPECT_EQ(Compare(out, want, static_cast<size_t>(shape.out), kTolerance), "")
+          << rows << " rows, [" << shape.out << ", " << shape.in << "]";
+    }
+  }
+}
+
+TEST_P(GemmTest, IntegersAreExact) {
+  auto ops = MakeOps(2);
+  std::vector<bf16> weight;
+  for (int i = 0; i < 70 * 1500; ++i) {
+    weight.push_back(kernels::RoundToBf16(static_cast<float>(Uniform(-8, 8))));
+  }
+  std::vector<float> x;
+  for (int i = 0; i < 20 * 1500; ++i) x.push_back(static_cast<float>(Uniform(-8, 8)));
+  for (int64_t rows : {1, 20}) {
+    const std::vector<float> some(x.begin(), x.begin() + rows * 1500);
+    const std::vector<float> out = Linear(*ops, some, weight, {}, rows, {70, 1500});
+    EXPECT_EQ(Compare(out, ReferenceLinear(some, weight, {}, rows, 70, 1500), 70, 0.0), "");
+  }
+}
+
+TEST_P(GemmTest, BatchAndThreadsDoNotChangeABit) {
+  for (const LinearCase& shape : kLinearCases) {
+    std::vector<bf16> weight = NormalBf16(static_cast<size_t>(shape.out * shape.in), 0.1f);
+    constexpr int64_t kRows = 40;
+    const std::vector<float> x = Normal(static_cast<size_t>(kRows * shape.in));
+    const std::vector<float> bias = Normal(static_cast<size_t>(shape.out));
+    auto one = MakeOps(1);
+    const std::vector<float> all = Linear(*one, x, weight, bias, kRows, shape);
+    for (int threads : {1, 2, 5}) {
+      auto ops = MakeOps(threads);
+      for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 33, 40}) {
+        const int64_t first = Uniform(0, static_cast<int>(kRows - rows));
+        const std::vector<float> some(x.begin() + first * shape.in,
+                                      x.begin() + (first + rows) * shape.in);
+        const std::vector<float> out = Linear(*ops, some, weight, bias, rows, shape);
+        ASSERT_EQ(CompareBits(out,
+                              std::span(all).subspan(static_cast<size_t>(first * shape.out),
+                                                     static_cast<size_t>(rows * shape.out)),
+                              static_cast<size_t>(shape.out)),
+                  "")
+            << rows << " rows from " << first << ", [" << shape.out << ", " << shape.in << "], "
+            << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST_P(GemmTest, AccumulateAddsToWhatIsThere) {
+  auto ops = MakeOps(2);
+  std::vector<bf16> weight = NormalBf16(37 * 100);
+  for (int64_t rows : {1, 3, 30}) {
+    std::vector<float> x = Normal(static_cast<size_t>(rows * 100));
+    const std::vector<float> before = Normal(static_cast<size_t>(rows * 37));
+    const std::vector<float> product = Linear(*ops, x, weight, {}, rows, {37, 100});
+    std::vector<float> out = before;
+    ops->Linear({.x = AsMatrix(x, rows, 100),
+                 .weight = AsMatrix(weight, 37, 100),
+                 .accumulate = true,
+                 .out = AsMatrix(out, rows, 37)});
+    for (size_t i = 0; i < out.size(); ++i) ASSERT_EQ(out[i], before[i] + product[i]) << i;
+  }
+}
+
+// A file mapping aligns weights to nothing, and what follows them may be another page.
+TEST_P(GemmTest, WeightsNeedNoAlignmentAndNothingPastThemIsRead) {
+  auto ops = MakeOps(1);
+  const std::vector<bf16> weight = NormalBf16(5 * 45);
+  std::vector<float> x = Normal(2 * 45);
+  // The allocation ends with the weights: a read past them is an AddressSanitizer error.
+  for (size_t shift : {0, 1, 3}) {
+    std::vector<bf16> shifted(shift, bf16{0x7fc0});
+    shifted.insert(shifted.end(), weight.begin(), weight.end());
+    shifted.shrink_to_fit();
+    std::vector<float> out = Poison(2 * 5);
+    ops->Linear({.x = AsMatrix(x, 2, 45),
+                 .weight = {shifted.data() + shift, kernels::DType::kBF16, 5, 45},
+                 .out = AsMatrix(out, 2, 5)});
+    EXPECT_EQ(Compare(out, ReferenceLinear(x, weight, {}, 2, 5, 45), 5, kTolerance), "");
+  }
+}
+
+TEST_P(GemmTest, ARowOfNaNsStaysAlone) {
+  auto ops = MakeOps(2);
+  std::vector<bf16> weight = NormalBf16(64 * 96);
+  std::vector<float> x = Normal(20 * 96);
+  const std::vector<float> want = Linear(*ops, x, weight, {}, 20, {64, 96});
+  std::fill_n(x.begin() + 7 * 96, 96, std::numeric_limits<float>::quiet_NaN());
+  const std::vector<float> out = Linear(*ops, x, weight, {}, 20, {64, 96});
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (i / 64 == 7) {
+      ASSERT_TRUE(std::isnan(out[i])) << i;
+    } else {
+      ASSERT_EQ(out[i], want[i]) << i;
+    }
+  }
+}
+
+RESA_INSTANTIATE_OPS_TEST(GemmTest);
+
+}  // namespace
+}  // namespace resa::testing

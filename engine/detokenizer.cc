@@ -26,7 +26,7 @@ Detokenizer::Detokenizer(const Tokenizer* tokenizer, Options options)
     : tokenizer_(tokenizer),
       skip_special_tokens_(options.skip_special_tokens),
       include_stop_(options.include_stop),
-      stream_(&tokenizer->decoder()) {
+      stream_(&tokenizer->decoder(), DecodeStream::kMaxHeldBytes) {
   for (std::string& stop : options.stop_strings) {
     RESA_CHECK(!stop.empty() && IsValidUtf8(stop)) << "a stop string is empty or not UTF-8";
     std::vector<uint32_t> borders = Borders(stop);

@@ -78,8 +78,10 @@ TokenDecoder::TokenDecoder(TokenDecoderConfig config, const std::vector<std::str
   }
 }
 
-DecodeStream::DecodeStream(const TokenDecoder* decoder)
-    : decoder_(decoder), strip_left_(decoder->config_.strip_text_count) {}
+DecodeStream::DecodeStream(const TokenDecoder* decoder, size_t max_held_bytes)
+    : decoder_(decoder),
+      max_held_bytes_(max_held_bytes),
+      strip_left_(decoder->config_.strip_text_count) {}
 
 void DecodeStream::Push(int32_t id, std::string* out) {
   if (id < 0 || static_cast<size_t>(id) >= decoder_->pieces_.size()) return;
@@ -141,7 +143,7 @@ void DecodeStream::PushFallbackByte(char byte, std::string* out) {
     held_.clear();
     held_valid_ = 0;
   }
-  if (held_.size() >= kMaxHeldBytes) {
+  if (held_.size() >= max_held_bytes_) {
     Emit(absl::string_view(held_).substr(0, held_valid_), out);
     held_.erase(0, held_valid_);
     held_valid_ = 0;

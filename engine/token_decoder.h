@@ -22,7 +22,7 @@ struct TokenDecoderConfig {
     Kind kind;
     std::string pattern{};  // kReplace; kStrip and kMetaspace: the one character.
     std::string content{};  // kReplace
-    int64_t start = 0;    // kStrip: how many at most, at the front and at the end of the token.
+    int64_t start = 0;      // kStrip: how many at most, at the front and at the end of the token.
     int64_t stop = 0;
     bool drop_first = false;  // kMetaspace: the first token's replacements vanish.
   };
@@ -76,7 +76,8 @@ class DecodeStream {
  public:
   static constexpr size_t kMaxHeldBytes = 256;
 
-  explicit DecodeStream(const TokenDecoder* decoder);
+  // `max_held_bytes`: kMaxHeldBytes where text should flow, SIZE_MAX where only the whole counts.
+  DecodeStream(const TokenDecoder* decoder, size_t max_held_bytes);
 
   // Appends the text that `id` completes. Ids outside the vocabulary are skipped.
   void Push(int32_t id, std::string* out);
@@ -91,6 +92,7 @@ class DecodeStream {
   void Emit(absl::string_view text, std::string* out);
 
   const TokenDecoder* decoder_;
+  const size_t max_held_bytes_;
   std::string held_;                // ByteLevel: part of a character. ByteFallback: the open run.
   size_t held_valid_ = 0;           // ByteFallback: bytes of held_ that are whole characters.
   bool run_is_ill_formed_ = false;  // ByteFallback: the open run's bytes are replaced.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status_macros.h"
 #include "engine/unicode_data.h"
@@ -179,6 +180,10 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::EncodeParts(absl::Span<const Par
     const auto it = added_by_id_.find(*parts[i].token);
     return it == added_by_id_.end() ? nullptr : it->second;
   };
+  absl::flat_hash_set<int32_t> control_ids;
+  for (const Part& part : parts) {
+    if (part.token.has_value()) control_ids.insert(*part.token);
+  }
   std::vector<int32_t> ids;
   size_t bytes = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -198,11 +203,13 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::EncodeParts(absl::Span<const Par
     RESA_RETURN_IF_ERROR(
         EncodeText(text, /*at_origin=*/i == 0, /*parse_special=*/false, scratch, &ids));
     for (size_t j = first; j < ids.size(); ++j) {
-      if (IsSpecial(ids[j]) && ids[j] != parts_.model->unk_id()) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("the text contains \"", *IdToToken(ids[j]),
-                         "\", which this model's tokenizer cannot tell from a control token"));
-      }
+      const int32_t id = ids[j];
+      const bool is_control =
+          (IsSpecial(id) && id != parts_.model->unk_id()) || control_ids.contains(id);
+      if (!is_control) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("the text contains \"", *IdToToken(id),
+                       "\", which this model's tokenizer cannot tell from a control token"));
     }
   }
   return ids;
@@ -248,7 +255,7 @@ absl::Status Tokenizer::EncodePiece(absl::string_view text, bool at_origin, bool
 
 std::string Tokenizer::Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const {
   std::string text;
-  DecodeStream stream(&decoder_);
+  DecodeStream stream(&decoder_, SIZE_MAX);
   for (const int32_t id : ids) {
     if (skip_special_tokens && IsSpecial(id)) continue;
     stream.Push(id, &text);

@@ -97,8 +97,8 @@ class Tokenizer {
     absl::string_view text;  // When there is no token.
   };
   // Encodes the parts as if they were one text whose special tokens had been found. Puts nothing
-  // around them. Errors as Encode; INVALID_ARGUMENT too when text would yield a special token other
-  // than the unknown one: no content can forge a control token.
+  // around them. Errors as Encode; INVALID_ARGUMENT too when text would yield a token of the other
+  // parts, or a special one other than the unknown token: no content can forge a control token.
   // REQUIRES ids of the vocabulary.
   absl::StatusOr<std::vector<int32_t>> EncodeParts(absl::Span<const Part> parts) const;
 

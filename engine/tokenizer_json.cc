@@ -1,13 +1,11 @@
 #include "engine/tokenizer_json.h"
 
-#include <filesystem>
-#include <fstream>
 #include <optional>
-#include <sstream>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "engine/mapped_file.h"
 #include "engine/status_macros.h"
 #include "engine/tokenizer.h"
 
@@ -342,19 +340,12 @@ absl::StatusOr<std::optional<int32_t>> ResolveToken(const TokenizerParts& parts,
                                                  "\", which is not in the vocabulary of ", kFile));
 }
 
+// nullopt when there is no such file.
 absl::StatusOr<std::optional<std::string>> ReadFile(const std::string& path) {
-  std::error_code error;
-  if (!std::filesystem::exists(path, error)) return std::nullopt;
-  const auto size = std::filesystem::file_size(path, error);
-  if (error || size > Tokenizer::kMaxFileBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": must be a file of at most ", Tokenizer::kMaxFileBytes, " bytes"));
-  }
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  if (!file) return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be read"));
-  return std::move(text).str();
+  absl::StatusOr<std::string> text = ReadSmallFile(path, Tokenizer::kMaxFileBytes);
+  if (text.ok()) return *std::move(text);
+  if (absl::IsNotFound(text.status())) return std::nullopt;
+  return text.status();
 }
 
 absl::StatusOr<std::unique_ptr<const Tokenizer>> Load(absl::string_view tokenizer_json,

@@ -128,8 +128,7 @@ void Scheduler::GrantPages(StepPlan* plan) {
   for (int32_t index : rank_) {
     const Claim& claim = claims_[index];
     if (!claim.granted_rows || claim.preempted) continue;
-    const int32_t need = PagesToWrite(*sequences_[index], claim.work.begin, claim.work.end);
-    if (!MakeRoom(index, need, plan)) continue;
+    if (!MakeRoom(index, claim.work.begin, claim.work.end, plan)) continue;
     TakePages(index);
     plan->segments.push_back(Segment{index, claim.work});
   }
@@ -149,9 +148,9 @@ void Scheduler::Admit(StepPlan* plan) {
     const Sequence& sequence = *sequences_[index];
     if (sequence.running || sequence.waits_for_sibling || claims_[index].preempted) continue;
     if (running_ >= limits_.max_sequences || rows_left_ == 0) return;
-    const int32_t need = PagesToWrite(sequence, sequence.kv_len, sequence.size() + 1);
     // With nothing running, only outputs that wait with their prompt's pages can be in the way.
-    if (running_ == 0 && !MakeRoom(index, need, plan)) return;
+    if (running_ == 0 && !MakeRoom(index, sequence.kv_len, sequence.size() + 1, plan)) return;
+    const int32_t need = PagesToWrite(sequence, sequence.kv_len, sequence.size() + 1);
     if (need > free_pages_ - promised) return;
 
     Claim& claim = claims_[index];
@@ -167,22 +166,26 @@ void Scheduler::Admit(StepPlan* plan) {
     ++running_;
     plan->admit.push_back(index);
     plan->segments.push_back(Segment{index, claim.work});
+    // Whoever made room goes before the rest, and cannot come back in the step that took its pages.
+    if (!plan->preempt.empty()) return;
   }
 }
 
-// Preempts from the lowest rank up until `pages` are free. False when that took the sequence's own
-// pages: everything ranked lower has none left to give.
-bool Scheduler::MakeRoom(int32_t for_sequence, int32_t pages, StepPlan* plan) {
-  for (auto victim = rank_.rbegin(); pages > free_pages_ && victim != rank_.rend(); ++victim) {
+// Preempts from the lowest rank up until positions [begin, end) can be written. False when that
+// took the sequence's own pages: everything ranked lower has none left to give. What is needed
+// shrinks on the way, since a page whose other owners are gone needs no copy.
+bool Scheduler::MakeRoom(int32_t for_sequence, int32_t begin, int32_t end, StepPlan* plan) {
+  const Sequence& sequence = *sequences_[for_sequence];
+  auto victim = rank_.rbegin();
+  while (PagesToWrite(sequence, begin, end) > free_pages_) {
     if (*victim == for_sequence) {
-      if (!sequences_[for_sequence]->running) return false;
-      Preempt(for_sequence, plan);
+      if (sequence.running) Preempt(for_sequence, plan);
       return false;
     }
-    if (claims_[*victim].preempted || sequences_[*victim]->pages.empty()) continue;
-    Preempt(*victim, plan);
+    if (!claims_[*victim].preempted && !sequences_[*victim]->pages.empty()) Preempt(*victim, plan);
+    ++victim;
   }
-  return pages <= free_pages_;
+  return true;
 }
 
 void Scheduler::Preempt(int32_t index, StepPlan* plan) {

@@ -65,7 +65,7 @@ class Scheduler {
   void GrantPages(StepPlan* plan);
   void Admit(StepPlan* plan);
 
-  bool MakeRoom(int32_t for_sequence, int32_t pages, StepPlan* plan);
+  bool MakeRoom(int32_t for_sequence, int32_t begin, int32_t end, StepPlan* plan);
   void Preempt(int32_t index, StepPlan* plan);
   int32_t Owners(int32_t page) const;
   int32_t PagesToWrite(const Sequence& sequence, int32_t begin, int32_t end) const;

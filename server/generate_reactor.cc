@@ -80,7 +80,7 @@ absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::Genera
   options.logprobs = engine_request->output.logprobs;
   options.outputs = std::max(1, engine_request->n);  // The engine refuses what is below.
   options.keep_text = log_prompts_;
-  writer_ = std::make_shared<StreamWriter>(std::move(options), this);
+  writer_ = std::make_shared<StreamWriter>(std::move(options), static_cast<StreamTransport*>(this));
   engine_request->sink = writer_;
   return engine_->Submit(std::move(engine_request));
 }

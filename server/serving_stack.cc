@@ -158,7 +158,7 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
                server::Describe(served_.default_attention, config.attention.sparse_from));
   logger->info("selector: {}", server::Describe(config.pool.selector));
   logger->info("chat prompts: {}", served_.chat_format.has_value()
-                                       ? engine::NameOf(*served_.chat_format)
+                                       ? std::string(engine::NameOf(*served_.chat_format))
                                        : absl::StrCat("refused, ", served_.chat_refusal));
   logger->info("device: {}", ops_->Description());
   return absl::OkStatus();
@@ -185,7 +185,8 @@ void ServingStack::Describe(const Config& config, const kernels::KvLayout& layou
   out.set_max_waiting(config.limits.max_waiting);
   out.mutable_eos_token_ids()->Add(model.eos_ids.begin(), model.eos_ids.end());
   if (tokenizer_->bos_id().has_value()) out.set_bos_token_id(*tokenizer_->bos_id());
-  if (served_.chat_format.has_value()) out.set_chat_format(engine::NameOf(*served_.chat_format));
+  if (served_.chat_format.has_value())
+    out.set_chat_format(std::string(engine::NameOf(*served_.chat_format)));
   *out.mutable_default_attention() = ToProto(served_.default_attention);
   const kernels::SelectorSpec& selector = config.pool.selector;
   const bool sketch = selector.kind == kernels::SelectorKind::kSketch;

@@ -16,7 +16,7 @@ namespace {
 // `flags` after those defaults that they do not replace.
 std::vector<std::string> WithDefaults(const std::vector<std::string>& flags) {
   std::vector<std::string> all;
-  for (const std::string& flag :
+  for (const std::string flag :
        {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=2", "--sparse-from=0",
         "--pool-memory=16MiB", "--drain-timeout=10s"}) {
     const std::string name = std::vector<std::string>(absl::StrSplit(flag, '=')).front();

@@ -1,0 +1,253 @@
+// How calls end early, wait, or fall behind; and how the daemon says what state it is in.
+
+#include <thread>
+
+#include "absl/time/clock.h"
+#include "gmock/gmock.h"
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
+#include "grpc/health/v1/health.grpc.pb.h"
+#include "gtest/gtest.h"
+#include "tests/support/server_fixture.h"
+
+namespace resa::testing {
+namespace {
+
+using ::grpc::health::v1::Health;
+using ::grpc::health::v1::HealthCheckRequest;
+using ::grpc::health::v1::HealthCheckResponse;
+using ::resa::v1::GenerateRequest;
+using ::resa::v1::GenerateResponse;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+// Runs until it is stopped, for all practical purposes.
+GenerateRequest EndlessRequest() { return RequestFor("endless", 100'000); }
+
+// A pool and a context with room for one of those.
+TestServerOptions RoomForEndless(std::vector<std::string> flags = {}) {
+  flags.push_back("--pool-memory=200MiB");
+  return {.flags = std::move(flags)};
+}
+
+// An open stream that has produced its first token.
+class RunningStream {
+ public:
+  RunningStream(TestServer* server, const GenerateRequest& request) {
+    stream_ = server->stub().Generate(&context_, request);
+    GenerateResponse response;
+    while (stream_->Read(&response) && !response.has_delta()) {
+    }
+    EXPECT_TRUE(response.has_delta());
+  }
+  ~RunningStream() {
+    context_.TryCancel();
+    Finish();
+  }
+  grpc::ClientContext& context() { return context_; }
+  // Reads what is left.
+  grpc::Status Finish() {
+    if (finished_) return grpc::Status::OK;
+    finished_ = true;
+    GenerateResponse response;
+    while (stream_->Read(&response)) {
+    }
+    return stream_->Finish();
+  }
+
+ private:
+  grpc::ClientContext context_;
+  std::unique_ptr<grpc::ClientReader<GenerateResponse>> stream_;
+  bool finished_ = false;
+};
+
+void SetTimeout(grpc::ClientContext* context, absl::Duration timeout) {
+  context->set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+}
+
+TEST(CancelTest, FreesItsPagesAtOnce) {
+  TestServer server(RoomForEndless());
+  RunningStream stream(&server, EndlessRequest());
+  EXPECT_GT(server.Load().pages_used(), 0);
+  stream.context().TryCancel();
+  EXPECT_EQ(stream.Finish().error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_TRUE(server.WaitForLoad(
+      [](const auto& load) { return load.pages_used() == 0 && load.running() == 0; }));
+}
+
+TEST(CancelTest, WorksWhileWaiting) {
+  TestServer server(RoomForEndless({"--max-sequences=1"}));
+  RunningStream running(&server, EndlessRequest());
+  grpc::ClientContext context;
+  const auto waiting = server.stub().Generate(&context, RequestFor("waits", 5));
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.waiting() == 1; }));
+  context.TryCancel();
+  EXPECT_EQ(ReadToEnd(waiting.get()).status.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_TRUE(server.WaitForLoad([](const auto& load) { return load.waiting() == 0; }));
+  EXPECT_EQ(server.Load().running(), 1);
+}
+
+TEST(DeadlineTest, EndsARequestWhileItDecodes) {
+  TestServer server(RoomForEndless());
+  grpc::ClientContext context;
+  SetTimeout(&context, absl::Milliseconds(300));
+  const Generation result = Generate(server.stub(), EndlessRequest(), &context);
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_TRUE(result.accepted.has_value());
+  EXPECT_TRUE(server.WaitForLoad([](const auto& load) { return load.pages_used() == 0; }));
+}
+
+TEST(DeadlineTest, HoldsInTheQueueToo) {
+  TestServer server(RoomForEndless({"--max-sequences=1"}));
+  RunningStream running(&server, EndlessRequest());
+  grpc::ClientContext context;
+  SetTimeout(&context, absl::Milliseconds(200));
+  const absl::Time start = absl::Now();
+  const Generation result = Generate(server.stub(), RequestFor("late", 5), &context);
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+  EXPECT_TRUE(server.WaitForLoad([](const auto& load) { return load.waiting() == 0; }));
+}
+
+TEST(QueueTest, AFullQueueRefusesBeforeAnyMetadata) {
+  TestServer server(RoomForEndless({"--max-sequences=1", "--max-waiting=1"}));
+  RunningStream running(&server, EndlessRequest());
+  grpc::ClientContext waiting_context;
+  const auto waiting = server.stub().Generate(&waiting_context, RequestFor("waits", 5));
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.waiting() == 1; }));
+
+  grpc::ClientContext context;
+  const Generation refused = Generate(server.stub(), RequestFor("refused", 5), &context);
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_FALSE(refused.accepted.has_value());
+  // What a proxy or gRPC itself needs to send it elsewhere.
+  EXPECT_EQ(context.GetServerInitialMetadata().size(), 0u);
+  const auto pushback = context.GetServerTrailingMetadata().find("grpc-retry-pushback-ms");
+  ASSERT_NE(pushback, context.GetServerTrailingMetadata().end());
+  EXPECT_EQ(std::string(pushback->second.data(), pushback->second.size()), "1000");
+  google::rpc::Status rpc;
+  ASSERT_TRUE(rpc.ParseFromString(refused.status.error_details()));
+  ASSERT_EQ(rpc.details_size(), 1);
+  google::rpc::RetryInfo retry;
+  ASSERT_TRUE(rpc.details(0).UnpackTo(&retry));
+  EXPECT_EQ(retry.retry_delay().seconds(), 1);
+
+  // The one that waits is served when its turn comes.
+  running.context().TryCancel();
+  const Generation served = ReadToEnd(waiting.get());
+  EXPECT_TRUE(served.ok()) << served.Describe();
+}
+
+TEST(SlowReaderTest, ItsTokensJoinAndOthersAreNotHeldUp) {
+  TestServer server({.flags = {"--pool-memory=64MiB"}});
+  constexpr int kTokens = 6000;
+  GenerateRequest request = RequestFor("slow", kTokens);
+  request.mutable_sampling()->set_seed(3);
+  request.mutable_output()->set_logprobs(true);
+  request.mutable_output()->set_top_logprobs(10);
+  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_SPARSE);
+  const Generation fast = Generate(server.stub(), request);
+  ASSERT_TRUE(fast.ok()) << fast.Describe();
+
+  // About 180 bytes a token: far more than a connection takes without being read.
+  grpc::ClientContext context;
+  const auto stream = server.stub().Generate(&context, request);
+  // Nobody reads, and yet the engine finishes, and serves others meanwhile.
+  const Generation other = Generate(server.stub(), RequestFor("other", 50));
+  EXPECT_TRUE(other.ok()) << other.Describe();
+  ASSERT_TRUE(server.WaitForLoad(
+      [](const auto& load) { return load.running() + load.waiting() == 0; }, absl::Seconds(40)));
+  const Generation slow = ReadToEnd(stream.get());
+  ASSERT_TRUE(slow.ok()) << slow.Describe();
+  EXPECT_EQ(slow.outputs[0].token_ids, fast.outputs[0].token_ids);
+  EXPECT_EQ(slow.outputs[0].text, fast.outputs[0].text);
+  EXPECT_EQ(slow.outputs[0].logprobs.size(), fast.outputs[0].logprobs.size());
+  EXPECT_LT(slow.outputs[0].deltas, kTokens / 2);
+}
+
+TEST(SlowReaderTest, OneThatNeverReadsLosesItsRequest) {
+  TestServer server({.flags = {"--pool-memory=64MiB"}});
+  GenerateRequest request = RequestFor("stuck", 12'000);
+  request.mutable_output()->set_logprobs(true);
+  request.mutable_output()->set_top_logprobs(20);
+  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_SPARSE);
+  request.set_n(4);
+  grpc::ClientContext context;
+  const auto stream = server.stub().Generate(&context, request);
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() > 0; }));
+  // 4 outputs of 336 bytes a token fill 4 MiB after about 3,100 steps, long before the end.
+  ASSERT_TRUE(server.WaitForLoad(
+      [](const auto& load) { return load.running() == 0 && load.pages_used() == 0; },
+      absl::Seconds(50)));
+  EXPECT_LT(server.Load().tokens_generated(), 4 * 12'000);
+  const Generation result = ReadToEnd(stream.get());
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+}
+
+HealthCheckResponse::ServingStatus Check(TestServer* server, const std::string& service) {
+  const auto health = Health::NewStub(server->channel());
+  grpc::ClientContext context;
+  HealthCheckRequest request;
+  request.set_service(service);
+  HealthCheckResponse response;
+  const grpc::Status status = health->Check(&context, request, &response);
+  if (status.error_code() == grpc::StatusCode::NOT_FOUND) {
+    return HealthCheckResponse::SERVICE_UNKNOWN;
+  }
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  return response.status();
+}
+
+TEST(HealthTest, TellsTheStateOfProcessAndServiceApart) {
+  TestServer server;
+  EXPECT_EQ(Check(&server, ""), HealthCheckResponse::SERVING);
+  EXPECT_EQ(Check(&server, "resa.v1.InferenceService"), HealthCheckResponse::SERVING);
+  EXPECT_EQ(Check(&server, "no.such.Service"), HealthCheckResponse::SERVICE_UNKNOWN);
+}
+
+TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
+  TestServer server(RoomForEndless({"--drain-timeout=20s"}));
+  // Health as a client sees it, from before to after.
+  std::vector<HealthCheckResponse::ServingStatus> seen;
+  const auto health = Health::NewStub(server.channel());
+  grpc::ClientContext watch_context;
+  HealthCheckRequest service;
+  service.set_service("resa.v1.InferenceService");
+  const auto watch = health->Watch(&watch_context, service);
+  HealthCheckResponse response;
+  ASSERT_TRUE(watch->Read(&response));
+  seen.push_back(response.status());
+
+  // Long enough to be still running when the draining starts.
+  grpc::ClientContext context;
+  const auto stream = server.stub().Generate(&context, RequestFor("finish me", 3000));
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() == 1; }));
+  std::thread drain([&] { server.daemon().Drain(); });
+  ASSERT_TRUE(watch->Read(&response));
+  seen.push_back(response.status());
+  EXPECT_THAT(seen, ElementsAre(HealthCheckResponse::SERVING, HealthCheckResponse::NOT_SERVING));
+  const Generation refused = Generate(server.stub(), RequestFor("too late", 5));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  watch_context.TryCancel();
+  watch->Finish();
+
+  const Generation finished = ReadToEnd(stream.get());
+  EXPECT_TRUE(finished.ok()) << finished.Describe();
+  EXPECT_EQ(finished.outputs[0].token_ids.size(), 3000u);
+  drain.join();
+}
+
+TEST(DrainTest, WhatDoesNotFinishInTimeEndsWithUnavailable) {
+  TestServer server(RoomForEndless({"--drain-timeout=300ms"}));
+  RunningStream stream(&server, EndlessRequest());
+  const absl::Time start = absl::Now();
+  std::thread drain([&] { server.daemon().Drain(); });
+  const grpc::Status status = stream.Finish();
+  drain.join();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE) << status.error_message();
+  EXPECT_THAT(status.error_message(), HasSubstr("shutting down"));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+}
+
+}  // namespace
+}  // namespace resa::testing

@@ -1,17 +1,19 @@
-// The reference is what the engine is held against, so it is tested on its own first: against
-// numbers worked out by hand, and against the properties the method promises.
+// The reference's selection, against numbers worked out by hand and the properties that the method
+// promises.
 
+#include "tests/support/reference_selection.h"
+
+#include <algorithm>
 #include <cmath>
 #include <iostream>
-#include <random>
+#include <string>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/bf16.h"
 #include "kernels/sketch.h"
-#include "tests/support/reference_schedule.h"
-#include "tests/support/reference_selection.h"
-#include "tests/support/resa_reference.h"
+#include "tests/support/test_random.h"
 
 namespace resa::testing {
 namespace {
@@ -20,72 +22,10 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-class Random {
- public:
-  explicit Random(uint32_t seed) : engine_(seed) { std::cout << "seed " << seed << "\n"; }
-  double Normal() { return normal_(engine_); }
-  int Below(int n) { return static_cast<int>(engine_() % static_cast<uint32_t>(n)); }
-  Vector Normals(size_t n, double scale = 1) {
-    Vector out(n);
-    for (double& x : out) x = scale * Normal();
-    return out;
-  }
-  std::vector<int> Signs(size_t n) {
-    std::vector<int> out(n);
-    for (int& s : out) s = Below(2) == 0 ? 1 : -1;
-    return out;
-  }
-  DenseMatrix Matrix(int rows, int cols, double gain = 1) {
-    return {rows, cols, Normals(static_cast<size_t>(rows) * cols, gain / std::sqrt(cols))};
-  }
-
- private:
-  std::mt19937 engine_;
-  std::normal_distribution<double> normal_;
-};
-
 double Dot(const Vector& a, const Vector& b) {
   double sum = 0;
   for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
   return sum;
-}
-
-ReferenceModel RandomModel(Random* random, int layers, int heads, int kv_heads, int d) {
-  constexpr int kHidden = 32, kMlp = 48, kVocab = 64;
-  ReferenceModel model;
-  model.heads = heads;
-  model.kv_heads = kv_heads;
-  model.head_dim = d;
-  for (int j = 0; j < d / 2; ++j) model.inv_freq.push_back(std::pow(1e4, -2.0 * j / d));
-  model.embedding = random->Matrix(kVocab, kHidden, 5);
-  model.final_norm = Vector(kHidden, 1.0);
-  for (int i = 0; i < layers; ++i) {
-    ReferenceLayer layer;
-    layer.attention_norm = layer.mlp_norm = Vector(kHidden, 1.0);
-    layer.wq = random->Matrix(heads * d, kHidden, 2);  // Logits of standard deviation about 4.
-    layer.wk = random->Matrix(kv_heads * d, kHidden, 2);
-    layer.wv = random->Matrix(kv_heads * d, kHidden);
-    layer.wo = random->Matrix(kHidden, heads * d);
-    layer.gate = random->Matrix(kMlp, kHidden);
-    layer.up = random->Matrix(kMlp, kHidden);
-    layer.down = random->Matrix(kHidden, kMlp);
-    model.layers.push_back(std::move(layer));
-  }
-  return model;
-}
-
-ReferenceOptions SketchOptions(Random* random, int block, int planes, int d) {
-  ReferenceOptions options;
-  options.selector.block_tokens = block;
-  options.selector.planes = planes;
-  options.signs = random->Signs(d);
-  return options;
-}
-
-ReferenceOptions MinMaxOptions() {
-  ReferenceOptions options;
-  options.selector = {kernels::SelectorKind::kMinMax, 16, 0, {1, 1}};
-  return options;
 }
 
 // ---- rounding -----------------------------------------------------------------------------------
@@ -356,186 +296,6 @@ TEST(ReferenceChoiceTest, SketchKeepsMoreOfTheAttentionThanMinMaxAtTheSameBudget
   std::cout << "mass kept by 10 of 100 blocks: minmax " << minmax_mass << ", sketch " << sketch_mass
             << "\n";
   EXPECT_GT(sketch_mass, minmax_mass + 0.1);
-}
-
-// ---- the transformer ----------------------------------------------------------------------------
-
-// One layer, one head of size 2, no rotation (frequency 0), no MLP, identity everywhere: then the
-// logits are the normalised sum of the token's embedding and an average of normalised embeddings.
-TEST(ReferenceDecoderTest, OneLayerByHand) {
-  const DenseMatrix identity = {2, 2, {1, 0, 0, 1}};
-  ReferenceModel model;
-  model.heads = model.kv_heads = 1;
-  model.head_dim = 2;
-  model.rms_eps = 0;
-  model.inv_freq = {0};
-  model.embedding = {3, 2, {1, 0, 0, 2, 3, 4}};
-  model.final_norm = {1, 1};
-  ReferenceLayer layer;
-  layer.attention_norm = layer.mlp_norm = {1, 1};
-  layer.wq = layer.wk = layer.wv = layer.wo = identity;
-  layer.gate = layer.up = layer.down = {2, 2, {0, 0, 0, 0}};
-  model.layers = {layer};
-  ReferenceDecoder decoder(&model, MinMaxOptions());
-  const Vector logits = decoder.Dense(std::vector<int>{0, 1}, 0);
-  // Normalised embeddings: token 0: (sqrt 2, 0), token 1: (0, sqrt 2). The query of token 1 has
-  // logits 0 and 2 / sqrt 2 with them.
-  const double weight = 1 / (1 + std::exp(-std::sqrt(2.0)));
-  const double x = (1 - weight) * std::sqrt(2.0), y = 2 + weight * std::sqrt(2.0);
-  const double rms = std::sqrt((x * x + y * y) / 2);
-  EXPECT_NEAR(logits[0], x / rms, 1e-14);
-  EXPECT_NEAR(logits[1], 2 * y / rms, 1e-14);
-  EXPECT_NEAR(logits[2], (3 * x + 4 * y) / rms, 1e-14);
-}
-
-// Rotation makes attention depend on relative positions only.
-TEST(ReferenceDecoderTest, RotaryPairsAreTheHalvesOfAHead) {
-  ReferenceModel model;
-  model.heads = model.kv_heads = 1;
-  model.head_dim = 4;
-  model.inv_freq = {1.0, 0.25};
-  model.embedding = {1, 4, {1, 2, 3, 4}};
-  model.final_norm = Vector(4, 1.0);
-  ReferenceLayer layer;
-  const DenseMatrix zero = {4, 4, Vector(16, 0.0)};
-  layer.attention_norm = layer.mlp_norm = Vector(4, 1.0);
-  layer.wq = layer.wv = layer.wo = layer.gate = layer.up = layer.down = zero;
-  layer.wk = zero;
-  layer.bk = {1, 2, 3, 4};
-  model.layers = {layer};
-  ReferenceDecoder decoder(&model, MinMaxOptions());
-  decoder.Dense(std::vector<int>{0, 0, 0}, 0);
-  const Vector& key = decoder.key(0, 0, 2);
-  EXPECT_NEAR(key[0], 1 * std::cos(2.0) - 3 * std::sin(2.0), 1e-14);
-  EXPECT_NEAR(key[2], 3 * std::cos(2.0) + 1 * std::sin(2.0), 1e-14);
-  EXPECT_NEAR(key[1], 2 * std::cos(0.5) - 4 * std::sin(0.5), 1e-14);
-  EXPECT_NEAR(key[3], 4 * std::cos(0.5) + 2 * std::sin(0.5), 1e-14);
-}
-
-std::vector<int> RandomTokens(Random* random, int n) {
-  std::vector<int> tokens(n);
-  for (int& token : tokens) token = random->Below(64);
-  return tokens;
-}
-
-TEST(ReferenceDecoderTest, KeepingEveryBlockIsDense) {
-  Random random(10);
-  const ReferenceModel model = RandomModel(&random, 2, 6, 2, 16);
-  const std::vector<int> prompt = RandomTokens(&random, 50);
-  for (const ReferenceOptions& options : {MinMaxOptions(), SketchOptions(&random, 4, 2, 16)}) {
-    ReferenceDecoder dense(&model, options), sparse(&model, options);
-    int token = ArgMax(dense.Dense(prompt, 0));
-    sparse.Dense(prompt, 0);
-    for (int i = 0; i < 10; ++i) {
-      const int blocks =
-          (51 + i + options.selector.block_tokens - 1) / options.selector.block_tokens;
-      const Vector a = dense.Dense(std::vector<int>{token}, 50 + i);
-      EXPECT_EQ(a, sparse.Sparse(token, {blocks, 1, 0}));
-      token = ArgMax(a);
-    }
-  }
-}
-
-// The invariant that everything leans on, and that it is not vacuous: sparse steps do drift.
-TEST(ReferenceDecoderTest, RectifiedWindowEqualsDensePrefillExactly) {
-  Random random(11);
-  const ReferenceModel model = RandomModel(&random, 3, 6, 2, 16);
-  std::vector<int> tokens = RandomTokens(&random, 90);
-  for (const ReferenceOptions& options : {MinMaxOptions(), SketchOptions(&random, 8, 2, 16)}) {
-    ReferenceDecoder decoder(&model, options), prefill(&model, options);
-    const std::span<const int> all(tokens);
-    decoder.Dense(all.first(64), 0);
-    for (int p = 64; p < 80; ++p) decoder.Sparse(tokens[p], {2, 1, 0});
-    prefill.Dense(all.first(80), 0);
-    EXPECT_EQ(decoder.key(0, 0, 79), prefill.key(0, 0, 79));  // Below the first attention.
-    EXPECT_NE(decoder.key(2, 0, 70), prefill.key(2, 0, 70));
-    const Vector logits = decoder.Dense(all.subspan(64, 16), 64);
-    for (int layer = 0; layer < 3; ++layer) {
-      for (int p = 0; p < 80; ++p) {
-        ASSERT_EQ(decoder.key(layer, 1, p), prefill.key(layer, 1, p));
-        ASSERT_EQ(decoder.value(layer, 1, p), prefill.value(layer, 1, p));
-      }
-    }
-    ReferenceDecoder fresh(&model, options);
-    EXPECT_EQ(logits, fresh.Dense(all.first(80), 0));
-  }
-}
-
-TEST(ReferenceDecoderTest, StoredKeysAreRoundedWhenAskedTo) {
-  Random random(12);
-  const ReferenceModel model = RandomModel(&random, 2, 2, 1, 16);
-  ReferenceOptions options = SketchOptions(&random, 8, 2, 16);
-  options.kv_in_bf16 = true;
-  ReferenceDecoder decoder(&model, options);
-  decoder.Dense(RandomTokens(&random, 5), 0);
-  for (double x : decoder.key(1, 0, 3)) EXPECT_EQ(x, RoundToBf16(x));
-  for (double x : decoder.value(1, 0, 3)) EXPECT_EQ(x, RoundToBf16(x));
-}
-
-// ---- the schedule -------------------------------------------------------------------------------
-
-std::string Describe(const std::vector<ScheduleStep>& steps) {
-  std::string out;
-  for (const ScheduleStep& step : steps) {
-    const char* kind = step.kind == ScheduleStep::Kind::kDense    ? "d"
-                       : step.kind == ScheduleStep::Kind::kSparse ? "s"
-                                                                  : "w";
-    out += kind + std::to_string(step.begin);
-    if (step.kind == ScheduleStep::Kind::kWindow) out += "-" + std::to_string(step.end - 1);
-    out += " ";
-  }
-  return out;
-}
-
-ScheduleRules SmallRules() {
-  ScheduleRules rules;
-  rules.keep_ratio = 0.25;
-  rules.min_tokens = 8;
-  rules.local_tokens = 8;
-  rules.sink_tokens = 0;
-  rules.interval = 8;
-  return rules;
-}
-
-TEST(ReferenceScheduleTest, WindowsEndAtMultiplesOfTheInterval) {
-  EXPECT_EQ(Describe(MakeSchedule(18, 16, SmallRules())),
-            "s18 s19 s20 s21 s22 w18-23 s24 s25 s26 s27 s28 s29 s30 w24-31 s32 ");
-}
-
-TEST(ReferenceScheduleTest, DuePositionOnExactHistoryIsADenseRow) {
-  EXPECT_EQ(Describe(MakeSchedule(23, 4, SmallRules())), "d23 s24 s25 ");
-}
-
-TEST(ReferenceScheduleTest, DenseWhileTheBudgetCoversTheSequenceAndThatKeepsHistoryExact) {
-  ScheduleRules rules = SmallRules();
-  rules.min_tokens = 24;  // Three blocks of 8.
-  const std::vector<ScheduleStep> steps = MakeSchedule(20, 14, rules);
-  EXPECT_EQ(Describe(steps), "d20 d21 d22 d23 s24 s25 s26 s27 s28 s29 s30 w24-31 s32 ");
-  EXPECT_EQ(steps[3].exact_len, 24);
-  EXPECT_EQ(steps[4].exact_len, 24);
-  EXPECT_EQ(steps[11].exact_len, 32);
-}
-
-TEST(ReferenceScheduleTest, SparseFromAndModes) {
-  ScheduleRules rules = SmallRules();
-  rules.sparse_from = 21;
-  EXPECT_EQ(Describe(MakeSchedule(18, 8, rules)), "d18 d19 s20 s21 s22 w20-23 s24 ");
-  rules.mode = ReferenceMode::kSparse;
-  EXPECT_EQ(Describe(MakeSchedule(18, 8, rules)), "d18 d19 s20 s21 s22 s23 s24 ");
-  rules.mode = ReferenceMode::kDense;
-  EXPECT_EQ(Describe(MakeSchedule(18, 8, rules)), "d18 d19 d20 d21 d22 d23 d24 ");
-}
-
-TEST(ReferenceScheduleTest, BudgetRoundsUpToBlocks) {
-  ScheduleRules rules = SmallRules();
-  rules.local_tokens = 9;
-  rules.sink_tokens = 1;
-  rules.keep_ratio = 0.3;
-  const std::vector<ScheduleStep> steps = MakeSchedule(160, 2, rules);
-  ASSERT_EQ(steps.size(), 1u);
-  EXPECT_EQ(steps[0].budget.local, 2);
-  EXPECT_EQ(steps[0].budget.sink, 1);
-  EXPECT_EQ(steps[0].budget.keep, 7);  // ceil(0.3 * 21)
 }
 
 }  // namespace

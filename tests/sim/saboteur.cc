@@ -51,8 +51,7 @@ absl::Status Saboteur::Execute(const engine::StepInput& input, engine::StepOutpu
   if (!bug_.has_value() || !random_.OneIn(kRarity)) return honest_->Execute(input, output);
   switch (*bug_) {
     case Bug::kLeakedPage:
-      LeakPage(input);
-      return honest_->Execute(input, output);
+      return LeakPage(input, output);
     case Bug::kLostRectification:
       return LoseWrites(IsWindow, input, output);
     case Bug::kSharedPageWritten:
@@ -70,12 +69,14 @@ absl::Status Saboteur::Execute(const engine::StepInput& input, engine::StepOutpu
   return absl::OkStatus();
 }
 
-void Saboteur::LeakPage(const engine::StepInput& input) {
+absl::Status Saboteur::LeakPage(const engine::StepInput& input, engine::StepOutput* output) {
+  const absl::Status status = honest_->Execute(input, output);
   // One owner too many is what a sequence leaves behind that forgets to release. The pool is the
   // engine's own; nobody else has a way to change it, and a test should not be a reason for one.
   auto& pool = const_cast<engine::KvPool&>(engine_->pool());
   pool.AddOwner(engine::PageId{input.segments[0].pages[0]});
   ++planted_;
+  return status;
 }
 
 // Runs the step, so that its token is right, then takes the writes of one segment back. A window

@@ -47,7 +47,7 @@ class Saboteur final : public engine::Executor {
  private:
   using Segments = std::vector<engine::SegmentInput>;
 
-  void LeakPage(const engine::StepInput& input);
+  absl::Status LeakPage(const engine::StepInput& input, engine::StepOutput* output);
   absl::Status LoseWrites(bool (*hits)(const engine::Work&), const engine::StepInput& input,
                           engine::StepOutput* output);
   absl::Status WriteSharedPage(const engine::StepInput& input, engine::StepOutput* output);

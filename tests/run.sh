@@ -24,7 +24,7 @@ start=$SECONDS
 
 resa_setup --tests
 resa_say "Fetching the real model (SmolLM2-135M-Instruct, 93 MB, once)."
-deploy/models/fetch_smollm2.sh
+deploy/models/fetch_smollm2.sh >/dev/null
 
 venv=build/venv
 if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import tokenizers' 2>/dev/null; then

@@ -32,6 +32,7 @@ constexpr KnownTemplate kKnownTemplates[] = {
     {0x3F67DD6E83E7466D, ChatFormat::kChatMlQwen25},     // Qwen2.5
     {0x2EC9AA439BE56429, ChatFormat::kChatMlSmolLm2},    // SmolLM2
     {0x104952F5712E73E5, ChatFormat::kQwen3},            // Qwen3
+    {0x679DC630E6FE577A, ChatFormat::kQwen3},            // The same, later
     {0xE8797BACC04B1F9E, ChatFormat::kLlama3},           // Llama 3
     {0x4DD1C89907D7A744, ChatFormat::kLlama31},          // Llama 3.1 and 3.3
     {0x658CFD62C3A03E34, ChatFormat::kLlama31},          // Llama 3.2

@@ -46,7 +46,10 @@ void Scheduler::Plan(absl::Span<const Sequence* const> sequences, const KvPool& 
   free_pages_ = pool.free_pages();
   rows_left_ = limits_.max_step_tokens;
   running_ = 0;
-  released_.clear();
+  if (releases_ || released_.size() != static_cast<size_t>(pool.num_pages())) {
+    released_.assign(pool.num_pages(), 0);
+    releases_ = false;
+  }
   claims_.assign(sequences.size(), Claim{});
   rank_.resize(sequences.size());
   std::iota(rank_.begin(), rank_.end(), 0);
@@ -194,14 +197,18 @@ void Scheduler::Preempt(int32_t index, StepPlan* plan) {
   claim.preempted = true;
   for (int32_t page : sequences_[index]->pages) {
     if (Owners(page) == 1) ++free_pages_;
-    ++released_[page];
+    TakeOwner(page);
   }
   plan->preempt.push_back(index);
 }
 
 int32_t Scheduler::Owners(int32_t page) const {
-  const auto released = released_.find(page);
-  return pool_->owners(PageId{page}) - (released == released_.end() ? 0 : released->second);
+  return pool_->owners(PageId{page}) - released_[page];
+}
+
+void Scheduler::TakeOwner(int32_t page) {
+  ++released_[page];
+  releases_ = true;
 }
 
 // Pages that writing token positions [begin, end) takes from the pool: new ones, and copies of
@@ -224,7 +231,7 @@ void Scheduler::TakePages(int32_t index) {
   RESA_CHECK_GE(free_pages_, 0);
   const int32_t last = std::min(held, PagesFor(claim.work.end));
   for (int32_t i = claim.work.begin / kernels::kPageTokens; i < last; ++i) {
-    if (Owners(sequence.pages[i]) > 1) ++released_[sequence.pages[i]];
+    if (Owners(sequence.pages[i]) > 1) TakeOwner(sequence.pages[i]);
   }
   claim.granted_pages = std::max(held, PagesFor(claim.work.end));
 }

@@ -19,7 +19,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "engine/kv_pool.h"
@@ -68,6 +67,7 @@ class Scheduler {
   bool MakeRoom(int32_t for_sequence, int32_t begin, int32_t end, StepPlan* plan);
   void Preempt(int32_t index, StepPlan* plan);
   int32_t Owners(int32_t page) const;
+  void TakeOwner(int32_t page);
   int32_t PagesToWrite(const Sequence& sequence, int32_t begin, int32_t end) const;
   void TakePages(int32_t index);
 
@@ -82,7 +82,8 @@ class Scheduler {
   std::vector<int32_t> rank_;  // Indices, highest first.
   std::vector<Claim> claims_;  // By index.
   std::vector<int32_t> due_;
-  absl::flat_hash_map<int32_t, int32_t> released_;  // Page: owners that this plan takes away.
+  std::vector<int32_t> released_;  // By page: owners that this plan takes away.
+  bool releases_ = false;          // Any but zeros in released_.
 };
 
 }  // namespace resa::engine

@@ -59,7 +59,7 @@ if [ "$quick" = no ]; then
     corpus=build/corpus/$(basename "$fuzzer")
     mkdir -p "$corpus"
     "$fuzzer" -max_total_time=$fuzz_seconds -rss_limit_mb=2048 -timeout=10 -print_final_stats=0 \
-      "$corpus" 2>build/fuzz.log || {
+      "$corpus" "tests/fuzz/corpus/$(basename "$fuzzer")" 2>build/fuzz.log || {
       tail -40 build/fuzz.log >&2
       resa_die "$(basename "$fuzzer") found a fault (see above)."
     }

@@ -1,5 +1,5 @@
-// Any bytes as a GenerateRequest from the wire: it is refused with a field's name in front, or it is
-// a request that the engine can run.
+// Any bytes as a GenerateRequest from the wire: it is refused with a field's name in front, or it
+// is a request that the engine can run.
 
 #include <cstddef>
 #include <cstdint>

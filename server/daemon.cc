@@ -164,15 +164,17 @@ void Daemon::Shutdown(absl::Duration timeout) {
   if (listeners_ == nullptr || listeners_->server == nullptr || listeners_->drained) return;
   listeners_->drained = true;
   const absl::Time deadline = absl::Now() + timeout;
+  // First the engine: who has seen NOT_SERVING gets no request in any more.
+  if (stack_ != nullptr) stack_->engine()->StartDraining();
   if (listeners_->health != nullptr) listeners_->health->StartDraining();
   if (stack_ != nullptr) {
     engine::Engine* const engine = stack_->engine();
-    engine->StartDraining();
     // The port stays open meanwhile, so that new calls get their UNAVAILABLE.
-    for (engine::EngineLoad load = engine->Load();
-         load.running + load.waiting > 0 && absl::Now() < deadline; load = engine->Load()) {
+    engine::EngineLoad load;
+    do {
       absl::SleepFor(kDrainPoll);
-    }
+      load = engine->Load();
+    } while (load.running + load.waiting > 0 && absl::Now() < deadline);
     engine->AbortAll();
   }
   // Streams whose last messages are still on their way get until the deadline; then calls are cut.

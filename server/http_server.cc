@@ -1,5 +1,8 @@
 #include "server/http_server.h"
 
+#include <atomic>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,14 +14,21 @@ namespace resa::server {
 
 struct HttpServer::Listener {
   std::map<std::string, Handler> handlers;
+  std::string host;
   mg_context* context = nullptr;
 
   ~Listener() {
-    if (context != nullptr) mg_stop(context);
+    if (context != nullptr) Stop();
   }
+  void Stop();
 };
 
 namespace {
+
+int PortOf(mg_context* context) {
+  mg_server_port ports[1] = {};
+  return mg_get_server_ports(context, 1, ports) == 1 ? ports[0].port : 0;
+}
 
 void Send(mg_connection* connection, const HttpResponse& response, bool with_body) {
   mg_printf(connection,
@@ -56,6 +66,23 @@ int OnLogMessage(const mg_connection* /*connection*/, const char* /*message*/) {
 
 }  // namespace
 
+// civetweb sees the wish to stop only when its wait for connections ends, which takes up to two
+// seconds on its own. So somebody connects.
+void HttpServer::Listener::Stop() {
+  const int port = PortOf(context);
+  std::atomic<bool> stopped = false;
+  std::thread visitor([&] {
+    while (!stopped) {
+      char error[100];
+      mg_close_connection(mg_connect_client(host.c_str(), port, 0, error, sizeof(error)));
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  });
+  mg_stop(context);
+  stopped = true;
+  visitor.join();
+}
+
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
     const std::string& address, std::map<std::string, Handler> handlers) {
   auto listener = std::make_unique<Listener>();
@@ -65,6 +92,9 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
   std::string port = address;
   absl::string_view name = address;
   if (absl::ConsumePrefix(&name, "localhost:")) port = absl::StrCat("127.0.0.1:", name);
+  listener->host = port.substr(0, port.rfind(':'));
+  if (listener->host.starts_with('['))
+    listener->host = listener->host.substr(1, listener->host.size() - 2);
   const char* options[] = {
       "listening_ports",          port.c_str(), "num_threads", "2", "request_timeout_ms", "10000",
       "enable_directory_listing", "no",         nullptr};
@@ -78,11 +108,11 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
     return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address,
                                                "; is the port taken? (--http-listen)"));
   }
-  mg_server_port ports[1] = {};
-  if (mg_get_server_ports(listener->context, 1, ports) != 1) {
+  const int real_port = PortOf(listener->context);
+  if (real_port == 0) {
     return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address));
   }
-  return std::unique_ptr<HttpServer>(new HttpServer(std::move(listener), ports[0].port));
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(listener), real_port));
 }
 
 HttpServer::HttpServer(std::unique_ptr<Listener> listener, int port)

@@ -61,7 +61,7 @@ const BadField kBadFields[] = {
     {"sampling { logit_bias { key: -1 value: 1 } }", "sampling.logit_bias"},
     {"sampling { logit_bias { key: 264 value: 1 } }", "sampling.logit_bias"},
     {"sampling { logit_bias { key: 1 value: nan } }", "sampling.logit_bias"},
-    {"sampling { logit_bias { key: 1 value: 101 } }", "sampling.logit_bias"},
+    {"sampling { logit_bias { key: 1 value: inf } }", "sampling.logit_bias"},
     {"stop { max_tokens: 0 }", "stop.max_tokens"},
     {"stop { max_tokens: -5 }", "stop.max_tokens"},
     {"stop { max_tokens: 1000 }", "stop.max_tokens"},

@@ -271,7 +271,8 @@ TEST_F(GenerateTest, SpecialTokensAreShownOnlyWhenAsked) {
 TEST_F(GenerateTest, SplitCodePointsAreHeldTogether) {
   GenerateRequest request = RequestFor("x", 6);
   // The bytes of U+20AC, one token each, then half of another that never ends.
-  for (const int32_t id : {0xE2, 0x82, 0xAC, int{'z'}, 0xE2, 0x82}) request.add_forced_token_ids(id);
+  for (const int32_t id : {0xE2, 0x82, 0xAC, int{'z'}, 0xE2, 0x82})
+    request.add_forced_token_ids(id);
   const Generation result = Run(request);
   EXPECT_THAT(result.outputs[0].text, StartsWith("\xE2\x82\xACz"));
   EXPECT_EQ(result.outputs[0].text, Detokenize({0xE2, 0x82, 0xAC, 'z', 0xE2, 0x82}));

@@ -7,6 +7,7 @@
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
+#include "grpcpp/generic/generic_stub.h"
 #include "gtest/gtest.h"
 #include "tests/support/server_fixture.h"
 
@@ -68,7 +69,7 @@ void SetTimeout(grpc::ClientContext* context, absl::Duration timeout) {
 TEST(CancelTest, FreesItsPagesAtOnce) {
   TestServer server(RoomForEndless());
   RunningStream stream(&server, EndlessRequest());
-  EXPECT_GT(server.Load().pages_used(), 0);
+  EXPECT_TRUE(server.WaitForLoad([](const auto& load) { return load.pages_used() > 0; }));
   stream.context().TryCancel();
   EXPECT_EQ(stream.Finish().error_code(), grpc::StatusCode::CANCELLED);
   EXPECT_TRUE(server.WaitForLoad(
@@ -138,48 +139,64 @@ TEST(QueueTest, AFullQueueRefusesBeforeAnyMetadata) {
   EXPECT_TRUE(served.ok()) << served.Describe();
 }
 
+// A connection that takes little without being read, as over a slow network.
+std::unique_ptr<resa::v1::InferenceService::Stub> SlowStub(const TestServer& server) {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 64 << 10);
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return resa::v1::InferenceService::NewStub(
+      grpc::CreateCustomChannel(server.address(), grpc::InsecureChannelCredentials(), arguments));
+}
+
 TEST(SlowReaderTest, ItsTokensJoinAndOthersAreNotHeldUp) {
   TestServer server({.flags = {"--pool-memory=64MiB"}});
-  constexpr int kTokens = 6000;
+  constexpr int kTokens = 400;
   GenerateRequest request = RequestFor("slow", kTokens);
   request.mutable_sampling()->set_seed(3);
   request.mutable_output()->set_logprobs(true);
-  request.mutable_output()->set_top_logprobs(10);
-  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_SPARSE);
+  request.mutable_output()->set_top_logprobs(20);
+  request.set_n(8);
   const Generation fast = Generate(server.stub(), request);
   ASSERT_TRUE(fast.ok()) << fast.Describe();
 
-  // About 180 bytes a token: far more than a connection takes without being read.
+  // 3,200 tokens of more than 200 bytes, ten times what the connection takes; and nobody reads.
+  const auto slow_stub = SlowStub(server);
   grpc::ClientContext context;
-  const auto stream = server.stub().Generate(&context, request);
-  // Nobody reads, and yet the engine finishes, and serves others meanwhile.
+  const auto stream = slow_stub->Generate(&context, request);
+  // Yet the engine finishes, and serves others meanwhile.
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() > 0; }));
   const Generation other = Generate(server.stub(), RequestFor("other", 50));
   EXPECT_TRUE(other.ok()) << other.Describe();
   ASSERT_TRUE(server.WaitForLoad(
       [](const auto& load) { return load.running() + load.waiting() == 0; }, absl::Seconds(40)));
   const Generation slow = ReadToEnd(stream.get());
   ASSERT_TRUE(slow.ok()) << slow.Describe();
-  EXPECT_EQ(slow.outputs[0].token_ids, fast.outputs[0].token_ids);
-  EXPECT_EQ(slow.outputs[0].text, fast.outputs[0].text);
-  EXPECT_EQ(slow.outputs[0].logprobs.size(), fast.outputs[0].logprobs.size());
-  EXPECT_LT(slow.outputs[0].deltas, kTokens / 2);
+  for (int i = 0; i < 8; ++i) {
+    EXPECT_EQ(slow.outputs[i].token_ids, fast.outputs[i].token_ids);
+    EXPECT_EQ(slow.outputs[i].text, fast.outputs[i].text);
+    EXPECT_EQ(slow.outputs[i].logprobs.size(), fast.outputs[i].logprobs.size());
+    EXPECT_LT(slow.outputs[i].deltas, kTokens / 2);
+  }
 }
 
 TEST(SlowReaderTest, OneThatNeverReadsLosesItsRequest) {
   TestServer server({.flags = {"--pool-memory=64MiB"}});
-  GenerateRequest request = RequestFor("stuck", 12'000);
+  constexpr int kTokens = 700;
+  GenerateRequest request = RequestFor("stuck", kTokens);
   request.mutable_output()->set_logprobs(true);
   request.mutable_output()->set_top_logprobs(20);
-  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_SPARSE);
-  request.set_n(4);
+  request.set_n(32);
+  const auto slow_stub = SlowStub(server);
   grpc::ClientContext context;
-  const auto stream = server.stub().Generate(&context, request);
+  const auto stream = slow_stub->Generate(&context, request);
   ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() > 0; }));
-  // 4 outputs of 336 bytes a token fill 4 MiB after about 3,100 steps, long before the end.
+  // 32 outputs of 342 bytes a token fill 4 MiB after 383 tokens each.
   ASSERT_TRUE(server.WaitForLoad(
       [](const auto& load) { return load.running() == 0 && load.pages_used() == 0; },
       absl::Seconds(50)));
-  EXPECT_LT(server.Load().tokens_generated(), 4 * 12'000);
+  EXPECT_LT(server.Load().tokens_generated(), 32 * kTokens);
   const Generation result = ReadToEnd(stream.get());
   EXPECT_EQ(result.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
 }
@@ -205,6 +222,44 @@ TEST(HealthTest, TellsTheStateOfProcessAndServiceApart) {
   EXPECT_EQ(Check(&server, "no.such.Service"), HealthCheckResponse::SERVICE_UNKNOWN);
 }
 
+// The services that reflection lists. The request and the answer are written out by hand: field 7
+// of ServerReflectionRequest asks for the list, and the names come back as they are.
+std::string ReflectedServices(TestServer* server) {
+  grpc::GenericStub stub(server->channel());
+  grpc::ClientContext context;
+  grpc::CompletionQueue queue;
+  void* tag = nullptr;
+  bool ok = false;
+  const auto call = stub.PrepareCall(
+      &context, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", &queue);
+  call->StartCall(nullptr);
+  EXPECT_TRUE(queue.Next(&tag, &ok) && ok);
+  const grpc::Slice list_services(std::string("\x3a\x00", 2));
+  call->Write(grpc::ByteBuffer(&list_services, 1), nullptr);
+  EXPECT_TRUE(queue.Next(&tag, &ok) && ok);
+  grpc::ByteBuffer response;
+  call->Read(&response, nullptr);
+  EXPECT_TRUE(queue.Next(&tag, &ok) && ok);
+  std::vector<grpc::Slice> slices;
+  EXPECT_TRUE(response.Dump(&slices).ok());
+  std::string bytes;
+  for (const grpc::Slice& slice : slices) {
+    bytes.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
+  }
+  context.TryCancel();
+  grpc::Status status;
+  call->Finish(&status, nullptr);
+  EXPECT_TRUE(queue.Next(&tag, &ok));
+  return bytes;
+}
+
+TEST(ReflectionTest, ListsTheServices) {
+  TestServer server;
+  const std::string services = ReflectedServices(&server);
+  EXPECT_THAT(services, HasSubstr("resa.v1.InferenceService"));
+  EXPECT_THAT(services, HasSubstr("grpc.health.v1.Health"));
+}
+
 TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
   TestServer server(RoomForEndless({"--drain-timeout=20s"}));
   // Health as a client sees it, from before to after.
@@ -220,7 +275,7 @@ TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
 
   // Long enough to be still running when the draining starts.
   grpc::ClientContext context;
-  const auto stream = server.stub().Generate(&context, RequestFor("finish me", 3000));
+  const auto stream = server.stub().Generate(&context, RequestFor("finish me", 1500));
   ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() == 1; }));
   std::thread drain([&] { server.daemon().Drain(); });
   ASSERT_TRUE(watch->Read(&response));
@@ -233,7 +288,7 @@ TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
 
   const Generation finished = ReadToEnd(stream.get());
   EXPECT_TRUE(finished.ok()) << finished.Describe();
-  EXPECT_EQ(finished.outputs[0].token_ids.size(), 3000u);
+  EXPECT_EQ(finished.outputs[0].token_ids.size(), 1500u);
   drain.join();
 }
 

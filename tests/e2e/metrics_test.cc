@@ -37,9 +37,9 @@ Samples Scrape(TestServer* server) {
 }
 
 TEST(MetricsTest, EachSeriesMoves) {
-  // A small pool, so that requests lose their pages too; a queue of one, so that one is refused.
+  // A small pool, so that requests lose their pages too; a short queue, so that some are refused.
   TestServer server({.flags = {"--pool-memory=1MiB", "--max-context=600", "--max-sequences=4",
-                               "--max-waiting=1"}});
+                               "--max-waiting=4"}});
   const Samples before = Scrape(&server);
   EXPECT_EQ(before.at("vllm:num_requests_running"), 0);
   EXPECT_EQ(before.at("vllm:kv_cache_usage_perc"), 0);
@@ -63,7 +63,7 @@ TEST(MetricsTest, EachSeriesMoves) {
   EXPECT_FALSE(Generate(server.stub(), wrong).ok());
   EXPECT_FALSE(Generate(server.stub(), RequestFor(std::string(600, 'x'), 5)).ok());
 
-  // Four streams fill the pool; the fifth waits, the sixth is refused. One is cancelled.
+  // Four streams fill the pool; of six more some wait and some are refused; all six are cancelled.
   std::vector<std::thread> clients;
   for (int i = 0; i < 4; ++i) {
     clients.emplace_back([&] {
@@ -83,15 +83,15 @@ TEST(MetricsTest, EachSeriesMoves) {
   bool saw_waiting = false;
   bool saw_refusal = false;
   for (int i = 0; i < 200 && !(saw_waiting && saw_refusal); ++i) {
-    grpc::ClientContext one_context, two_context;
-    const auto one = server.stub().Generate(&one_context, RequestFor("cancelled", 300));
-    const auto two = server.stub().Generate(&two_context, RequestFor("cancelled", 300));
+    std::vector<grpc::ClientContext> contexts(6);
+    std::vector<std::unique_ptr<grpc::ClientReader<resa::v1::GenerateResponse>>> streams;
+    for (grpc::ClientContext& context : contexts) {
+      streams.push_back(server.stub().Generate(&context, RequestFor("cancelled", 300)));
+    }
     saw_waiting |= Scrape(&server).at("vllm:num_requests_waiting") > 0;
-    one_context.TryCancel();
-    two_context.TryCancel();
-    ReadToEnd(one.get());
-    saw_refusal |= ReadToEnd(two.get()).status.error_code() == grpc::RESOURCE_EXHAUSTED;
     saw_refusal |= Scrape(&server).at("resa_rejected_requests_total{reason=\"queue_full\"}") > 0;
+    for (grpc::ClientContext& context : contexts) context.TryCancel();
+    for (const auto& stream : streams) ReadToEnd(stream.get());
   }
   EXPECT_TRUE(saw_waiting);
   EXPECT_TRUE(saw_refusal);
@@ -141,10 +141,10 @@ TEST(MetricsTest, EachSeriesMoves) {
   EXPECT_EQ(after.at("vllm:num_requests_waiting"), 0);
   EXPECT_EQ(after.at("resa_kv_pool_pages{state=\"used\"}"), 0);
 
-  // Figures that are known exactly.
+  // What is known of the figures; a stream that was to be cancelled may have finished before.
   EXPECT_EQ(after.at("vllm:request_success_total{finished_reason=\"stop\"}"), 1);
-  EXPECT_EQ(after.at("vllm:request_success_total{finished_reason=\"length\"}"), 6);
-  EXPECT_EQ(after.at("vllm:request_generation_tokens_sum"), 2 * 200 + 1 + 4 * 490);
+  EXPECT_GE(after.at("vllm:request_success_total{finished_reason=\"length\"}"), 6);
+  EXPECT_GE(after.at("vllm:request_generation_tokens_sum"), 2 * 200 + 1 + 4 * 490);
 }
 
 }  // namespace

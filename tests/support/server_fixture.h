@@ -24,7 +24,7 @@ struct TestServerOptions {
   std::string chat_template = kChatMlTemplate;
   // After the defaults: free ports, two threads, sparse from the first token on, a pool of 16 MiB.
   // A flag given here replaces its default.
-  std::vector<std::string> flags;
+  std::vector<std::string> flags = {};
 };
 
 // The test fails when it cannot start. Serves when the constructor returns.

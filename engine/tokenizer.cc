@@ -94,8 +94,9 @@ absl::StatusOr<std::unique_ptr<const Tokenizer>> Tokenizer::FromParts(TokenizerP
   RESA_CHECK(parts.model != nullptr);
   RESA_CHECK(parts.model->byte_level() == parts.pre_tokenizer.byte_level());
   std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(std::move(parts)));
-  RESA_RETURN_IF_ERROR(tokenizer->AddTokens());
-  tokenizer->decoder_ = TokenDecoder(tokenizer->parts_.decoder, tokenizer->tokens_);
+  std::vector<std::string> spelling;
+  RESA_RETURN_IF_ERROR(tokenizer->AddTokens(&spelling));
+  tokenizer->decoder_ = TokenDecoder(tokenizer->parts_.decoder, spelling);
   const TokenizerParts& own = tokenizer->parts_;
   std::vector<int32_t> used = own.prefix;
   used.insert(used.end(), own.suffix.begin(), own.suffix.end());
@@ -110,8 +111,9 @@ absl::StatusOr<std::unique_ptr<const Tokenizer>> Tokenizer::FromParts(TokenizerP
   return std::unique_ptr<const Tokenizer>(std::move(tokenizer));
 }
 
-// Lays the added tokens over the model's vocabulary and makes them findable.
-absl::Status Tokenizer::AddTokens() {
+// Lays the added tokens over the model's vocabulary and makes them findable. Fills *spelling with what
+// the decoder is to take each id for: the token, but a normalised one in its normalised form.
+absl::Status Tokenizer::AddTokens(std::vector<std::string>* spelling) {
   int32_t limit = parts_.model->id_limit();
   for (const AddedToken& token : parts_.added_tokens) {
     if (token.id < 0 || token.id >= kMaxTokenIds) {
@@ -126,6 +128,7 @@ absl::Status Tokenizer::AddTokens() {
   for (int32_t id = 0; id < parts_.model->id_limit(); ++id) {
     tokens_[id] = std::string(parts_.model->IdToToken(id));
   }
+  *spelling = tokens_;
   Scratch scratch;
   for (const AddedToken& token : parts_.added_tokens) {
     if (token.content.empty()) continue;
@@ -138,6 +141,7 @@ absl::Status Tokenizer::AddTokens() {
                                          : absl::StrCat("this id is that of \"", slot, "\"")));
     }
     slot = token.content;
+    (*spelling)[token.id] = token.content;
     special_[token.id] = special_[token.id] || token.special;
     added_by_id_[token.id] = &token;
     if (!added_by_content_.emplace(token.content, &token).second) continue;
@@ -152,6 +156,7 @@ absl::Status Tokenizer::AddTokens() {
                                                      token.content, "\" once it is normalised"));
     }
     normalized_matcher_.Add(pattern.text, &token);
+    (*spelling)[token.id] = std::string(pattern.text);
   }
   return absl::OkStatus();
 }

@@ -103,7 +103,8 @@ class Tokenizer {
   absl::StatusOr<std::vector<int32_t>> EncodeParts(absl::Span<const Part> parts) const;
 
   // Valid UTF-8 whatever the ids (token_decoder.h says what becomes of ill-formed bytes). Ids
-  // outside the vocabulary are skipped.
+  // outside the vocabulary are skipped. Special tokens are known by their ids, so one that is
+  // normalised is skipped, too (the library, which compares spellings, keeps it).
   std::string Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
 
   // Largest id + 1. A model's logits may have more columns than that, never fewer.
@@ -124,7 +125,7 @@ class Tokenizer {
   class ScratchLease;
 
   explicit Tokenizer(TokenizerParts parts);
-  absl::Status AddTokens();
+  absl::Status AddTokens(std::vector<std::string>* spelling);
   absl::Status EncodeText(absl::string_view text, bool at_origin, bool parse_special,
                           Scratch& scratch, std::vector<int32_t>* ids) const;
   absl::Status EncodePiece(absl::string_view text, bool at_origin, bool parse_special,

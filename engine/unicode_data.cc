@@ -69,7 +69,8 @@ bool IsWordCharacter(char32_t c) {
 }
 
 bool IsCombiningMark(char32_t c) {
-  return c >= 0x300 && !IsInertInNormalization(c) && CategoryOf(c)[0] == 'M';
+  if (c < 0x300 || IsInertInNormalization(c)) return false;
+  return CategoryOf(c)[0] == 'M' || FindRange(kOnceMarks, c) != nullptr;
 }
 
 bool IsInertInNormalization(char32_t c) {

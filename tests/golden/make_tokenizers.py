@@ -27,7 +27,7 @@ HAND_MADE = [
     "", " ", "a", "\n", "  ", "Hello, world!", " leading", "trailing ", "don't DON'T we'Ll I'ſ",
     "tabs\tand\r\nlines\n\n\nmore   \n  indented\n", "1234567890 3.14159 ١٢٣ ⅷ ½ 一二三",
     "<|im_start|>user\nhi<|im_end|>", "<|im_start|> <|im_end|>  x", "x<|endoftext|>y",
-    "a<mask> b <mask>c  <mask>  d", "wordword word-word xword word", "ONE One one", "<tool>x</tool>",
+    "a<mask> b <mask>c  <mask>  d", "two words two  words Two words", "wordword word-word xword word", "ONE One one", "<tool>x</tool>",
     "e\u0301 a\u0323\u0307 \u212b \u1100\u1161\u11a8 \ufb01 \u2460", "▁a ▁▁b▁ c▁", "<0x0A> <0x",
     "नमस्ते สวัสดี مرحبا שלום 你好世界 日本語カタカナ 한국어 ሰላም გამარჯობა", " ".join(EMOJI), "".join(COMBINED),
     "".join(CODE), " " * 40 + "x" + "\n" * 12, "a" * 200, "ab" * 60, "\x00\x01\x1f\x7f\x80\x9f",
@@ -103,6 +103,7 @@ def with_added(tokenizer):
         AddedToken("<mask>", lstrip=True, rstrip=True, normalized=False),
         AddedToken("word", single_word=True, normalized=True),
         AddedToken("One", normalized=True),
+        AddedToken("two words", normalized=True),
         AddedToken("<tool>", normalized=False),
         AddedToken("<tool>x", normalized=False)])
     return tokenizer
@@ -152,6 +153,7 @@ def tokenizers():
     yield "splits", byte_level(splits())
     legacy = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     yield "llama2", sentence_piece(legacy, None, fallback_decoder())
+    yield "llama2_added", with_added(sentence_piece(legacy, None, fallback_decoder()))
     yield "metaspace_first", with_added(sentence_piece(
         None, metaspace(prepend_scheme="first", split=False), fallback_decoder()))
     yield "metaspace_always", sentence_piece(
@@ -184,6 +186,7 @@ def cases(tokenizer, texts, seed):
     for _ in range(30):
         size = tokenizer.get_vocab_size()
         sequences.append([rng.randrange(size + 2) for _ in range(rng.randrange(24))])
+    sequences.append([i for i in sorted(tokenizer.get_added_tokens_decoder()) for _ in (1, 2)])
     for ids in sequences[:20]:
         if ids:
             del ids[rng.randrange(len(ids))]

@@ -8,6 +8,7 @@ and compares with the system's libpcre2-8 and libutf8proc:
   kNewCharacters          code points with a general category that PCRE2 does not know yet
   kInertInNormalization   code points that the library's normalisation leaves alone (unassigned in
                           its version) although utf8proc decomposes, reorders or strips them
+  kOnceMarks              code points that are no marks any more, but still are to the library
   kLowercase              lowercase mappings that utf8proc does not have
 
 Adding a code point to a class that has it already changes nothing, so the tables stay right when
@@ -136,6 +137,13 @@ def inert_in_normalization():
     return ranges(inert)
 
 
+def once_marks():
+    utf8proc = Utf8proc()
+    strip = normalizers.StripAccents()
+    return ranges(c for c in CODE_POINTS
+                  if not utf8proc.is_mark(c) and strip.normalize_str("a" + chr(c)) == "a")
+
+
 def lowercase():
     utf8proc = Utf8proc()
     library = normalizers.Lowercase()
@@ -153,6 +161,8 @@ def main():
     print_rows(['{0x%X, 0x%X, "%s"}' % row for row in new_characters()])
     print("};\n\nconstexpr CodePointRange kInertInNormalization[] = {")
     print_rows(["{0x%X, 0x%X}" % tuple(row) for row in inert_in_normalization()])
+    print("};\n\nconstexpr CodePointRange kOnceMarks[] = {")
+    print_rows(["{0x%X, 0x%X}" % tuple(row) for row in once_marks()])
     print("};\n\nconstexpr CaseMapping kLowercase[] = {")
     print_rows(["{0x%X, 0x%X}" % row for row in lowercase()])
     print("};")

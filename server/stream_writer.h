@@ -44,7 +44,7 @@ struct StreamSummary {
 class StreamWriter final : public engine::OutputSink {
  public:
   struct Options {
-    std::string request_id;  // Told in Accepted, with the seed.
+    std::string request_id = {};  // Told in Accepted, with the seed.
     uint64_t seed = 0;
     bool token_ids = false;  // Show token ids.
     bool logprobs = false;

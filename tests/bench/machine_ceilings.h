@@ -6,6 +6,10 @@
 
 namespace resa::bench {
 
+// Seconds on a clock for measuring `threads` threads. For one it is the processor time of the
+// process, which other load on the machine disturbs less than the time of day.
+double Now(int threads);
+
 // Bytes per second read from memory, each thread streaming through a part of 512 MiB.
 double MeasureReadBandwidth(int threads);
 

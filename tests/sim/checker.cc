@@ -62,6 +62,7 @@ void Checker::Inspect(const engine::StepInput& input, bool fails) {
   }
   stage_->counts.page_copies += static_cast<int64_t>(input.copies.size());
   CheckPreemptions();
+  CheckWindows(plan);
   for (size_t i = 0; i < plan.segments.size(); ++i) {
     const Sequence& sequence = *engine_.sequences()[plan.segments[i].sequence];
     WitnessOf(sequence).SteppedIn();
@@ -145,6 +146,23 @@ void Checker::CheckRows(const StepPlan& plan) {
   }
   if (prefill_rows < std::min(prefill_left, limits.min_chunk_tokens)) {
     stage_->Fail("prefill starved: ", prefill_rows, " rows of ", prefill_left);
+  }
+}
+
+// No window passes one that was due before it. That is what bounds a stall: those that go first are
+// fewer than the sequences that run.
+void Checker::CheckWindows(const StepPlan& plan) {
+  for (int32_t index : plan.stalled) {
+    const Sequence& stalled = *engine_.sequences()[index];
+    const int64_t stalled_since = OutputOf(stalled).last_ran;
+    for (const Segment& segment : plan.segments) {
+      if (segment.work.kind != SegmentKind::kRectification) continue;
+      const Sequence& served = *engine_.sequences()[segment.sequence];
+      const int64_t served_since = OutputOf(served).last_ran;
+      if (served_since < stalled_since) continue;
+      if (served_since == stalled_since && served.order < stalled.order) continue;
+      stage_->Fail("window overtaken: ", NameOf(stalled), " by ", NameOf(served));
+    }
   }
 }
 

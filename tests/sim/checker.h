@@ -40,6 +40,7 @@ class Checker final : public StepInspector {
   void CheckRows(const engine::StepPlan& plan);
   void CheckAdmissions(const engine::StepPlan& plan);
   void CheckTop(const engine::StepPlan& plan);
+  void CheckWindows(const engine::StepPlan& plan);
 
   // After the step.
   void CheckPreemptions();

@@ -19,12 +19,13 @@ engine::AttentionPolicy MakePolicy(const World& world, Random& random) {
   engine::AttentionPolicy policy;
   policy.mode = random.Pick({AttentionMode::kRectified, AttentionMode::kRectified,
                              AttentionMode::kSparse, AttentionMode::kDense});
+  if (world.long_windows && !random.OneIn(4)) policy.mode = AttentionMode::kRectified;
   policy.keep_ratio = random.Pick({0.03125, 0.0625, 0.0625, 0.125, 0.125, 0.25, 0.5, 0.875, 1.0});
   policy.min_tokens = random.Between(1, 48);
   policy.local_tokens = random.Between(1, 24);
   policy.sink_tokens = random.Between(0, 16);
   policy.rectify_interval =
-      world.long_windows ? 8 * random.Between(12, 32)
+      world.long_windows ? 8 * random.Pick({random.Between(12, 32), random.Between(12, 32), 1})
                          : 8 * random.Pick({1, 2, 4, random.Between(1, 8), random.Between(1, 32)});
   return policy;
 }
@@ -81,13 +82,22 @@ World MakeWorld(Random& random) {
   world.slow_reader = random.Pick({10, 50});
   world.max_prompt = random.Pick({8, 60, 400});
   world.max_output = random.Pick({8, 60, 400, 600});
-  if (random.OneIn(4)) {
-    world.long_windows = true;
-    world.max_output = 600;
-    options.num_pages = random.Between(60, 400);
-    options.limits.max_context = 600;
+  world.long_windows = random.OneIn(4);
+  if (world.long_windows) {
+    limits.max_sequences = random.Between(6, 16);
+    limits.min_chunk_tokens = random.Pick({32, 64, 128});
+    limits.max_step_tokens =
+        limits.max_sequences + engine::kMaxRectifyInterval + limits.min_chunk_tokens;
+    options.num_pages = random.Between(60, 600);
+    options.limits.max_context = random.Pick({600, 1200});
     options.limits.vocab_size = 4096;
+    world.arrival = random.Pick({5, 20});
     world.cancel = 1000;
+    world.failed_step = 10000;
+    world.deadline = 100;
+    world.slow_reader = 50;
+    world.max_prompt = random.Pick({100, 600});
+    world.max_output = options.limits.max_context;
   }
   options.limits.pool_tokens = int64_t{options.num_pages} * kernels::kPageTokens;
   return world;
@@ -107,7 +117,7 @@ std::unique_ptr<engine::Request> MakeRequest(const World& world, absl::Time now,
   const int32_t max_output = stop.max_tokens.value_or(room);
   if (random.OneIn(4)) stop.min_tokens = random.Between(0, max_output);
   if (random.OneIn(4)) stop.token_ids = {random.Between(3, vocab - 1)};
-  stop.ignore_eos = random.OneIn(3);
+  stop.ignore_eos = random.OneIn(world.long_windows ? 1 : 3);
   request->sampling = MakeSampling(vocab, random);
   request->attention = MakePolicy(world, random);
   if (random.OneIn(8)) {

@@ -33,5 +33,9 @@ def add_arguments(parser):
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=16384, help="recall: tokens of a prompt")
-    parser.add_argument("--kind", choices=tasks.KINDS, help="recall: one kind only, not all in turn")
-    parser.add_argument("--steps", type=int, default=60, help="ledger: steps; 23 output tokens each")
+    parser.add_argument(
+        "--kind", choices=tasks.KINDS, help="recall: one kind only, not all in turn"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=60, help="ledger: steps; 23 output tokens each"
+    )

@@ -64,6 +64,7 @@ void ForgetPages(Sequence* sequence) {
   sequence->pages.clear();
   sequence->kv_len = 0;
   sequence->rectified_len = 0;
+  sequence->cached_tokens = 0;
   sequence->running = false;
 }
 

@@ -164,10 +164,12 @@ TEST_F(SequenceTest, ModeSparseCountsOnlyWhatIsPrefilled) {
 // rows under the same budgets that emit nothing, and then the sequence is where it was.
 TEST_F(SequenceTest, ReplayGoesBackToWhereItWas) {
   Sequence* sequence = DecodingAt(50, 40, AttentionMode::kRectified);
+  sequence->cached_tokens = 3;
   const Work next = Next(*sequence);
   sequence->pages.clear();
   ForgetPages(sequence);
   EXPECT_EQ(sequence->kv_len, 0);
+  EXPECT_EQ(sequence->cached_tokens, 0);
   EXPECT_EQ(sequence->rectified_len, 0);
   EXPECT_FALSE(sequence->running);
   EXPECT_EQ(sequence->size(), 51);

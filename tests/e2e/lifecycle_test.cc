@@ -222,6 +222,34 @@ TEST(HealthTest, TellsTheStateOfProcessAndServiceApart) {
   EXPECT_EQ(Check(&server, "no.such.Service"), HealthCheckResponse::SERVICE_UNKNOWN);
 }
 
+TEST(HealthTest, ComesUpWhenTheModelIsLoaded) {
+  TestServer server({.load = false});
+  const auto health = Health::NewStub(server.channel());
+  grpc::ClientContext context;
+  HealthCheckRequest service;
+  service.set_service("resa.v1.InferenceService");
+  const auto watch = health->Watch(&context, service);
+  HealthCheckResponse response;
+  ASSERT_TRUE(watch->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::NOT_SERVING);
+  EXPECT_EQ(Check(&server, ""), HealthCheckResponse::SERVING);
+  const Generation early = Generate(server.stub(), RequestFor("early", 5));
+  EXPECT_EQ(early.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(early.status.error_message(), HasSubstr("loading"));
+  grpc::ClientContext model_context;
+  resa::v1::GetModelResponse model;
+  EXPECT_EQ(server.stub().GetModel(&model_context, {}, &model).error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+
+  server.LoadModel();
+  ASSERT_TRUE(watch->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::SERVING);
+  const Generation served = Generate(server.stub(), RequestFor("served", 5));
+  EXPECT_TRUE(served.ok()) << served.Describe();
+  context.TryCancel();
+  watch->Finish();
+}
+
 // The services that reflection lists. The request and the answer are written out by hand: field 7
 // of ServerReflectionRequest asks for the list, and the names come back as they are.
 std::string ReflectedServices(TestServer* server) {

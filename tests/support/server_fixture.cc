@@ -16,9 +16,8 @@ namespace {
 // `flags` after those defaults that they do not replace.
 std::vector<std::string> WithDefaults(const std::vector<std::string>& flags) {
   std::vector<std::string> all;
-  for (const std::string flag :
-       {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=2", "--sparse-from=0",
-        "--pool-memory=16MiB", "--drain-timeout=10s"}) {
+  for (const std::string flag : {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=2",
+                                 "--sparse-from=0", "--pool-memory=16MiB", "--drain-timeout=10s"}) {
     const std::string name = std::vector<std::string>(absl::StrSplit(flag, '=')).front();
     bool replaced = false;
     for (const std::string& given : flags) replaced |= given.rfind(name + "=", 0) == 0;
@@ -44,9 +43,8 @@ TestServer::TestServer(const TestServerOptions& options)
   auto daemon = server::Daemon::Create(*config, std::move(logger));
   RESA_CHECK(daemon.ok()) << daemon.status();
   daemon_ = *std::move(daemon);
-  const absl::Status loaded =
-      daemon_->Load(kernels::CreateCpuOps(kernels::CpuOptions{.threads = config->device.threads}));
-  RESA_CHECK(loaded.ok()) << loaded;
+  threads_ = config->device.threads;
+  if (options.load) LoadModel();
 
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
@@ -57,6 +55,12 @@ TestServer::TestServer(const TestServerOptions& options)
 }
 
 TestServer::~TestServer() = default;
+
+void TestServer::LoadModel() {
+  const absl::Status loaded =
+      daemon_->Load(kernels::CreateCpuOps(kernels::CpuOptions{.threads = threads_}));
+  RESA_CHECK(loaded.ok()) << loaded;
+}
 
 std::string TestServer::address() const { return absl::StrCat("127.0.0.1:", daemon_->grpc_port()); }
 

@@ -25,13 +25,17 @@ struct TestServerOptions {
   // After the defaults: free ports, two threads, sparse from the first token on, a pool of 16 MiB.
   // A flag given here replaces its default.
   std::vector<std::string> flags = {};
+  // False: it listens, but LoadModel is the test's to call.
+  bool load = true;
 };
 
-// The test fails when it cannot start. Serves when the constructor returns.
+// The test fails when it cannot start. Serves when the constructor returns, unless told otherwise.
 class TestServer {
  public:
   explicit TestServer(const TestServerOptions& options = {});
   ~TestServer();
+
+  void LoadModel();
 
   resa::v1::InferenceService::Stub& stub() { return *stub_; }
   std::shared_ptr<grpc::Channel> channel() const { return channel_; }
@@ -44,6 +48,7 @@ class TestServer {
 
  private:
   std::unique_ptr<ModelFolder> folder_;
+  int threads_ = 0;
   std::unique_ptr<server::Daemon> daemon_;
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<resa::v1::InferenceService::Stub> stub_;

@@ -102,6 +102,12 @@ inline void MultiplyRows(size_t rows, const float* a, size_t a_stride, const flo
   }
 }
 
+// How many of the `left` rows the next register tile takes: 7 rows are 4 + 3, not 6 + 1.
+inline size_t NextTileRows(size_t left) {
+  const size_t tiles = (left + kTileRows - 1) / kTileRows;
+  return (left + tiles - 1) / tiles;
+}
+
 // One vector of 32-bit words: four consecutive words of each of the tokens t, t + 4, t + 8, ..., a
 // 128-bit part each.
 template <class T>
@@ -129,14 +135,23 @@ HWY_INLINE void StoreWords(VU32 words, size_t w, float* to, const bf16*) {
   hn::Store(WidenOdd(words), DF(), to + (2 * w + 1) * kWide);
 }
 
-// The keys of a tile, widened and transposed: kt[panel][component][kWide tokens].
+// Asks for a token's row to be in the cache by the time its tile comes. Pages lie anywhere, so the
+// hardware cannot foresee the next one.
 template <class T>
-void TransposeKeys(const TileTokens<T>& tile, size_t d, float* kt) {
+HWY_INLINE void PrefetchRow(const T* row, size_t d) {
+  for (size_t j = 0; j < d; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
+}
+
+// The keys of a tile, widened and transposed: kt[panel][component][kWide tokens]. Prefetches the
+// values of the next tile.
+template <class T>
+void TransposeKeys(const TileTokens<T>& tile, const TileTokens<T>& next, size_t d, float* kt) {
   constexpr size_t kPerWord = sizeof(uint32_t) / sizeof(T);
   const DU32 d32;
   const hn::RepartitionToWide<DU32> d64;
   for (size_t t = 0; t < kTile; t += kLanes) {
     float* const to = kt + t / kWide * d * kWide + t % kWide;
+    for (size_t i = t; i < t + kLanes; ++i) PrefetchRow(next.v[i], d);
     for (size_t w = 0; w < d / kPerWord; w += 4) {
       const VU32 a = LoadParts(tile.k, t, w * kPerWord);
       const VU32 b = LoadParts(tile.k, t + 1, w * kPerWord);
@@ -155,9 +170,12 @@ void TransposeKeys(const TileTokens<T>& tile, size_t d, float* kt) {
   }
 }
 
+// The values of a tile, widened: to[token][component]. Prefetches the keys of the next tile.
 template <class T>
-void WidenValues(const TileTokens<T>& tile, size_t tokens, size_t d, float* to) {
+void WidenValues(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t d,
+                 float* to) {
   for (size_t t = 0; t < tokens; ++t) {
+    PrefetchRow(next.k[t], d);
     for (size_t j = 0; j < d; j += kLanes) {
       hn::Store(LoadWide(tile.v[t] + j), DF(), to + t * d + j);
     }
@@ -225,16 +243,17 @@ HWY_INLINE void SoftmaxRow(float* scores, size_t count, size_t d, float* m, floa
 }
 
 // Adds a tile to the running softmax of `rows` rows; row r attends to the tile's first counts[r]
-// tokens (0: none). Counts rise with r. `tokens`: the most any row wants.
+// tokens (0: none). Counts rise with r. `tokens`: the most any row wants. `next` is the tile to
+// come.
 template <class T>
-void AttendTile(const TileTokens<T>& tile, size_t tokens, size_t rows, const size_t* counts,
-                size_t d, const Work& work, const Softmax& state) {
-  TransposeKeys(tile, d, work.kt);
-  WidenValues(tile, tokens, d, work.v);
+void AttendTile(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t rows,
+                const size_t* counts, size_t d, const Work& work, const Softmax& state) {
+  TransposeKeys(tile, next, d, work.kt);
+  WidenValues(tile, next, tokens, d, work.v);
   size_t first = 0;
   while (first < rows && counts[first] == 0) ++first;
-  for (size_t r = first; r < rows; r += kTileRows) {
-    const size_t n = std::min(kTileRows, rows - r);
+  for (size_t r = first, n = 0; r < rows; r += n) {
+    n = NextTileRows(rows - r);
     for (size_t t = 0; t < tokens; t += kWide) {
       MultiplyRows(n, work.q + r * d, d, work.kt + t * d, kWide, d, false,
                    work.scores + r * kTile + t, kTile);
@@ -243,8 +262,8 @@ void AttendTile(const TileTokens<T>& tile, size_t tokens, size_t rows, const siz
   for (size_t r = first; r < rows; ++r) {
     SoftmaxRow(work.scores + r * kTile, counts[r], d, state.m + r, state.l + r, state.o + r * d);
   }
-  for (size_t r = first; r < rows; r += kTileRows) {
-    const size_t n = std::min(kTileRows, rows - r);
+  for (size_t r = first, n = 0; r < rows; r += n) {
+    n = NextTileRows(rows - r);
     const size_t common = counts[r];  // What every row of the register tile attends to ...
     for (size_t j = 0; j < d; j += kWide) {
       MultiplyRows(n, work.scores + r * kTile, kTile, work.v + j, d, common, true,

@@ -115,18 +115,22 @@ void AttendSplit(const AttendShape& shape, const AttendUnit& unit, size_t split,
   const size_t rows = unit.tokens * shape.group;
   ResetSoftmax(rows, shape.d, state);
   const size_t end = std::min(unit.num_ranks, (split + 1) * kSplit);
-  TileTokens<T> tile;
+  TileTokens<T> tiles[2];  // The current one and the next, in turn.
+  size_t current = 0;
   size_t counts[kMaxRows];
-  for (size_t begin = split * kSplit; begin < end; begin += kTile) {
+  FillTile(shape, unit, split * kSplit, std::min(kTile, end - split * kSplit), &tiles[0]);
+  for (size_t begin = split * kSplit; begin < end; begin += kTile, current ^= 1) {
     const size_t tokens = std::min(kTile, end - begin);
-    FillTile(shape, unit, begin, tokens, &tile);
+    const size_t left = unit.num_ranks - begin - tokens;  // The next split's too: it comes soon.
+    if (left > 0) FillTile(shape, unit, begin + tokens, std::min(kTile, left), &tiles[current ^ 1]);
+    const TileTokens<T>& next = tiles[left > 0 ? current ^ 1 : current];
     for (size_t t = 0; t < unit.tokens; ++t) {
       // Query token t attends to num_ranks - (tokens - 1 - t) ranks in all.
       const size_t visible = unit.num_ranks - (unit.tokens - 1 - t);
       const size_t count = visible <= begin ? 0 : std::min(kTile, visible - begin);
       std::fill_n(counts + t * shape.group, shape.group, count);
     }
-    AttendTile(tile, tokens, rows, counts, shape.d, work, state);
+    AttendTile(tiles[current], next, tokens, rows, counts, shape.d, work, state);
   }
 }
 

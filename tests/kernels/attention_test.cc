@@ -46,6 +46,13 @@ class AttentionTest : public OpsTest {
     return world;
   }
 
+  // Every third of kLengths, another third with each call.
+  std::vector<int> SomeLengths() {
+    std::vector<int> lengths;
+    for (size_t i = turn_++ % 3; i < kLengths.size(); i += 3) lengths.push_back(kLengths[i]);
+    return lengths;
+  }
+
   std::vector<float> Dense(kernels::Ops& ops, World& world, const std::vector<DenseChunk>& chunks) {
     std::vector<float> out = Poison(world.q.size());
     ops.ChunkAttend({.q = AsMatrix(world.q, world.rows, world.width()),
@@ -79,16 +86,18 @@ class AttentionTest : public OpsTest {
                           const std::vector<std::vector<int>>& positions_of_head) {
     Doubles out;
     const auto d = static_cast<size_t>(world.heads.head_dim);
-    for (int h = 0; h < world.heads.heads(); ++h) {
-      const int kv_head = h / world.heads.group;
+    for (int kv_head = 0; kv_head < world.heads.kv_heads; ++kv_head) {
       std::vector<Doubles> keys, values;
       for (int position : positions_of_head[static_cast<size_t>(kv_head)]) {
         keys.push_back(world.pool->Key(sequence, position, kv_head));
         values.push_back(world.pool->Value(sequence, position, kv_head));
       }
-      const auto query = std::span(world.q).subspan(
-          static_cast<size_t>(row * world.width()) + static_cast<size_t>(h) * d, d);
-      for (double x : ReferenceAttention(query, keys, values)) out.push_back(x);
+      for (int g = 0; g < world.heads.group; ++g) {
+        const auto head = static_cast<size_t>(kv_head * world.heads.group + g);
+        const auto query =
+            std::span(world.q).subspan(static_cast<size_t>(row * world.width()) + head * d, d);
+        for (double x : ReferenceAttention(query, keys, values)) out.push_back(x);
+      }
     }
     return out;
   }
@@ -104,18 +113,22 @@ class AttentionTest : public OpsTest {
     for (int t = 0; t <= position; ++t) all[static_cast<size_t>(t)] = t;
     return std::vector<std::vector<int>>(static_cast<size_t>(world.heads.kv_heads), all);
   }
+
+ private:
+  size_t turn_ = 0;
 };
 
 TEST_P(AttentionTest, DenseRowsMatchFloat64AtEveryLength) {
   auto ops = MakeOps(2);
   for (const HeadCase& heads : kHeadCases) {
-    World world = MakeWorld(heads, kLengths);
+    World world = MakeWorld(heads, SomeLengths());
+    const std::vector<int>& lengths = world.lengths;
     // The last token of each sequence as a chunk of one row: a dense decode step.
     std::vector<DenseChunk> chunks;
     int32_t row = -1;
-    for (size_t s = 0; s < kLengths.size(); ++s) {
-      row += kLengths[s];
-      chunks.push_back({row, 1, kLengths[s] - 1, static_cast<int32_t>(s)});
+    for (size_t s = 0; s < lengths.size(); ++s) {
+      row += lengths[s];
+      chunks.push_back({row, 1, lengths[s] - 1, static_cast<int32_t>(s)});
     }
     const std::vector<float> out = Dense(*ops, world, chunks);
     for (const DenseChunk& chunk : chunks) {
@@ -236,16 +249,17 @@ TEST_P(AttentionTest, SparseRowsMatchFloat64) {
   for (const HeadCase& heads : kHeadCases) {
     block = block == 16 ? 4 : 2 * block;  // 4, 8, 16 in turn
     const SelectorSpec selector = {SelectorKind::kSketch, block, 1, {1.0f, 1.0f}};
-    World world = MakeWorld(heads, kLengths, selector);
+    World world = MakeWorld(heads, SomeLengths(), selector);
+    const std::vector<int>& lengths = world.lengths;
     std::vector<SparseRow> rows;
     std::vector<int32_t> ids;
     int32_t row = -1;
-    for (size_t s = 0; s < kLengths.size(); ++s) {
-      row += kLengths[s];
-      const int blocks = (kLengths[s] + block - 1) / block;
+    for (size_t s = 0; s < lengths.size(); ++s) {
+      row += lengths[s];
+      const int blocks = (lengths[s] + block - 1) / block;
       const int keep = Uniform(1, blocks);
       rows.push_back({.row = row,
-                      .position = kLengths[s] - 1,
+                      .position = lengths[s] - 1,
                       .table = static_cast<int32_t>(s),
                       .keep_blocks = keep,
                       .ids_begin = static_cast<int64_t>(ids.size())});

@@ -1,17 +1,22 @@
 #ifndef RESA_TESTS_ENGINE_ENGINE_FIXTURE_H_
 #define RESA_TESTS_ENGINE_ENGINE_FIXTURE_H_
 
-// A sink that keeps what it is told, and an executor that says what the test wants said.
+// An engine in a test's hands: a sink that keeps what it is told, an executor that samples what the
+// test wants, a clock that stands still.
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/clock.h"
+#include "engine/engine.h"
 #include "engine/executor.h"
 #include "engine/request.h"
+#include "gtest/gtest.h"
 
 namespace resa::engine {
 
@@ -98,6 +103,115 @@ class ScriptedExecutor final : public Executor {
   std::function<kernels::SampleResult(const kernels::SampleRow&)> draw = CountUp;
   absl::Status status;
   std::vector<Step> steps;
+};
+
+inline constexpr int32_t kPage = kernels::kPageTokens;
+inline constexpr int32_t kEos = 2;
+
+// Counts the calls.
+class CountingObserver final : public EngineObserver {
+ public:
+  void OnStep(const StepReport& report) override {
+    ++steps;
+    last = report;
+  }
+  void OnRectification(int32_t rows, int32_t delay_steps) override {
+    ++rectifications;
+    rectified_rows += rows;
+    delay += delay_steps;
+  }
+  void OnSparseRow(int32_t kept, int32_t total) override {
+    ++sparse_rows;
+    EXPECT_LT(kept, total);
+  }
+  void OnPromptTokens(int32_t count) override { prompt_tokens += count; }
+  void OnFirstToken(absl::Duration) override { ++first_tokens; }
+  void OnNextToken(absl::Duration) override { ++next_tokens; }
+  void OnFinished(const Finished&) override { ++finished; }
+  void OnError(const absl::Status&) override { ++errors; }
+  void OnRejected(RejectReason reason) override { rejected.push_back(reason); }
+
+  int steps = 0;
+  StepReport last;
+  int rectifications = 0;
+  int rectified_rows = 0;
+  int delay = 0;
+  int sparse_rows = 0;
+  int prompt_tokens = 0;
+  int first_tokens = 0;
+  int next_tokens = 0;
+  int finished = 0;
+  int errors = 0;
+  std::vector<RejectReason> rejected;
+};
+
+class EngineTest : public ::testing::Test {
+ protected:
+  EngineTest() {
+    options_.num_pages = 64;
+    options_.limits.vocab_size = 1000;
+    options_.limits.max_context = 512;
+    options_.limits.pool_tokens = 64 * kPage;
+    options_.eos_ids = {kEos};
+    options_.scheduler.max_sequences = 4;
+    options_.scheduler.min_chunk_tokens = 32;
+    options_.scheduler.max_step_tokens = 4 + 256 + 32;
+    options_.max_waiting = 4;
+  }
+  ~EngineTest() override {
+    if (engine_ != nullptr) engine_->CheckInvariants();
+  }
+
+  Engine& engine() {
+    if (engine_ == nullptr) {
+      engine_ = std::make_unique<Engine>(options_, nullptr, &executor_, &clock_, &observer_);
+    }
+    return *engine_;
+  }
+
+  static std::unique_ptr<Request> MakeRequest(int32_t prompt, int32_t max_tokens) {
+    auto request = std::make_unique<Request>();
+    for (int32_t i = 0; i < prompt; ++i) request->prompt.push_back(10 + i % 80);
+    request->stop.max_tokens = max_tokens;
+    request->attention.mode = AttentionMode::kDense;
+    return request;
+  }
+
+  std::shared_ptr<RecordingSink> Submit(std::unique_ptr<Request> request) {
+    auto sink = std::make_shared<RecordingSink>();
+    request->sink = sink;
+    const absl::StatusOr<RequestId> id = engine().Submit(std::move(request));
+    EXPECT_TRUE(id.ok()) << id.status();
+    last_id_ = id.value_or(RequestId{});
+    return sink;
+  }
+  absl::Status SubmitStatus(std::unique_ptr<Request> request) {
+    request->sink = std::make_shared<RecordingSink>();
+    return engine().Submit(std::move(request)).status();
+  }
+
+  // Steps until nothing is left to do.
+  void RunDry() {
+    for (int step = 0; step < 10000; ++step) {
+      engine().CheckInvariants();
+      if (!engine().Step()) return;
+    }
+    FAIL() << "the engine does not come to an end";
+  }
+  void Steps(int count) {
+    for (int i = 0; i < count; ++i) {
+      EXPECT_TRUE(engine().Step());
+      engine().CheckInvariants();
+    }
+  }
+  int32_t PagesUsed() { return options_.num_pages - engine().pool().free_pages(); }
+
+  EngineOptions options_;
+  ScriptedExecutor executor_;
+  ManualClock clock_{absl::FromUnixSeconds(1000)};
+  CountingObserver observer_;
+  std::unique_ptr<Engine> engine_;
+  RequestId last_id_;
 };
 
 }  // namespace resa::engine

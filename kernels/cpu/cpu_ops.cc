@@ -1,13 +1,18 @@
 #include "kernels/cpu/cpu_ops.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "kernels/cpu/context.h"
 
 namespace resa::kernels {
 namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
 
 class HostBuffer : public Buffer {
  public:
@@ -34,9 +39,15 @@ class CpuOps : public Ops {
   bool SupportsKvDtype(DType) const override { return true; }
 
   std::unique_ptr<Buffer> Allocate(size_t bytes) override {
-    const size_t rounded = (bytes + 63) / 64 * 64;
-    auto* const data = static_cast<std::byte*>(std::aligned_alloc(64, rounded == 0 ? 64 : rounded));
+    // Pages of a pool are read in no order, one after the other on small system pages would miss
+    // the TLB each time; so large buffers ask for huge ones.
+    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+    if (bytes > SIZE_MAX - alignment) return nullptr;
+    const size_t rounded = std::max<size_t>(1, (bytes + alignment - 1) / alignment) * alignment;
+    auto* const data = static_cast<std::byte*>(std::aligned_alloc(alignment, rounded));
     if (data == nullptr) return nullptr;
+    // Refused where the system has none: nothing is lost but speed.
+    if (alignment == kHugePage) (void)madvise(data, rounded, MADV_HUGEPAGE);
     return std::make_unique<HostBuffer>(data, bytes);
   }
   const std::byte* ImportWeights(const std::byte* host, size_t) override { return host; }

@@ -123,15 +123,11 @@ class Bench {
   // A pool of `tokens` on shuffled pages, and queries for `rows` rows.
   struct World {
     kernels::KvLayout layout;
-    std::vector<bf16> k, v;
-    std::vector<std::byte> descriptors;
+    std::unique_ptr<kernels::Buffer> k, v, descriptors;
     std::vector<int32_t> pages;
     std::vector<float> q, out;
 
-    kernels::KvLayer layer() {
-      return {reinterpret_cast<std::byte*>(k.data()), reinterpret_cast<std::byte*>(v.data()),
-              descriptors.data()};
-    }
+    kernels::KvLayer layer() { return {k->data(), v->data(), descriptors->data()}; }
     kernels::PageTables tables() const {
       return {pages.data(), static_cast<int64_t>(pages.size())};
     }
@@ -145,9 +141,13 @@ class Bench {
                 .head_dim = d,
                 .kv_dtype = DType::kBF16,
                 .selector = spec};
-    w.k = Bf16s(pages * kv_heads * kernels::kPageTokens * d);
-    w.v = Bf16s(pages * kv_heads * kernels::kPageTokens * d);
-    w.descriptors.assign(w.layout.LayerDescriptorBytes(), std::byte{0x3d});
+    w.k = ops_->Allocate(w.layout.LayerKvBytes());
+    w.v = ops_->Allocate(w.layout.LayerKvBytes());
+    w.descriptors = ops_->Allocate(w.layout.LayerDescriptorBytes());
+    const std::vector<bf16> values = Bf16s(pages * kv_heads * kernels::kPageTokens * d);
+    ops_->Upload(w.k->data(), values.data(), w.k->bytes());
+    ops_->Upload(w.v->data(), values.data(), w.v->bytes());
+    std::memset(w.descriptors->data(), 0x3d, w.descriptors->bytes());
     w.pages.resize(static_cast<size_t>(pages));
     std::iota(w.pages.begin(), w.pages.end(), 0);
     std::shuffle(w.pages.begin(), w.pages.end(), rng_);

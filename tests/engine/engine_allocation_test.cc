@@ -1,5 +1,5 @@
-// After warm-up deciding a step allocates nothing, and handing out its tokens one block per token:
-// the delta's token ids, which go to the client. This binary counts every operator new.
+// After warm-up deciding a step allocates nothing, and handing out its tokens only what goes to the
+// client. This binary counts every operator new.
 
 #include <cstdint>
 #include <memory>
@@ -11,6 +11,7 @@
 #include "gtest/gtest.h"
 #include "tests/engine/sequence_set.h"
 #include "tests/support/count_allocations.h"
+#include "tests/support/test_tokenizers.h"
 
 namespace resa::engine {
 namespace {
@@ -81,13 +82,14 @@ TEST(EngineAllocationTest, PlanningAllocatesNothing) {
   }
 }
 
-TEST(EngineAllocationTest, StepAllocatesOneBlockPerToken) {
+// Allocations per token of six outputs in the middle of their way, two of each mode.
+double AllocationsPerToken(const Tokenizer* tokenizer, bool logprobs) {
   EngineOptions options;
   options.num_pages = 1000;
   options.limits = {.vocab_size = 1000, .max_context = 4000, .pool_tokens = 1000 * kPage};
   ZeroExecutor executor;
   ManualClock clock(absl::UnixEpoch());
-  Engine engine(options, /*tokenizer=*/nullptr, &executor, &clock, /*observer=*/nullptr);
+  Engine engine(options, tokenizer, &executor, &clock, /*observer=*/nullptr);
   auto sink = std::make_shared<SilentSink>();
   for (const AttentionMode mode :
        {AttentionMode::kDense, AttentionMode::kSparse, AttentionMode::kRectified}) {
@@ -97,8 +99,9 @@ TEST(EngineAllocationTest, StepAllocatesOneBlockPerToken) {
     request->attention.mode = mode;
     request->stop.max_tokens = 1000;
     request->stop.ignore_eos = true;
+    request->output.logprobs = logprobs;
     request->sink = sink;
-    ASSERT_TRUE(engine.Submit(std::move(request)).ok());
+    RESA_CHECK(engine.Submit(std::move(request)).ok());
   }
   // Long enough that every vector has its room: a sequence's tokens and pages double seldom.
   while (sink->tokens < 6 * 80) engine.Step();
@@ -106,8 +109,16 @@ TEST(EngineAllocationTest, StepAllocatesOneBlockPerToken) {
   const int64_t before = resa::testing::CountAllocations();
   for (int step = 0; step < 300; ++step) engine.Step();
   const int64_t tokens = sink->tokens - tokens_before;
-  EXPECT_GE(tokens, 6 * 290);
-  EXPECT_EQ(resa::testing::CountAllocations() - before, tokens);
+  RESA_CHECK_GE(tokens, 6 * 290);
+  return static_cast<double>(resa::testing::CountAllocations() - before) / tokens;
+}
+
+// Beyond the step itself, what goes to the client: the delta's token ids and its logprobs.
+TEST(EngineAllocationTest, StepAllocatesOnlyWhatIsHandedOut) {
+  EXPECT_EQ(AllocationsPerToken(nullptr, /*logprobs=*/false), 1);
+  EXPECT_EQ(AllocationsPerToken(nullptr, /*logprobs=*/true), 2);
+  const auto tokenizer = resa::testing::LoadTestTokenizer("gpt2");
+  EXPECT_LE(AllocationsPerToken(tokenizer.get(), /*logprobs=*/false), 1);
 }
 
 }  // namespace

@@ -29,8 +29,11 @@ struct OpCounters {
   int64_t dense_tokens_attended = 0;  // Sum over those rows and KV heads of position + 1.
   int64_t sparse_rows = 0;            // Rows through SparseAttend.
   int64_t sparse_blocks_read = 0;     // Sum over those rows and KV heads of blocks attended.
-  int64_t blocks_scored = 0;          // Sum over rows, KV heads and planes of blocks scored.
-  int64_t descriptor_bytes = 0;       // Descriptor bytes read by Select.
+  // What Select read: blocks over rows, KV heads and planes, each plane of a block once, and their
+  // descriptor bytes. Nothing where nothing is to be chosen (all blocks are kept, or sink and local
+  // ones fill the budget).
+  int64_t blocks_scored = 0;
+  int64_t descriptor_bytes = 0;
 };
 
 // Memory of the backend, freed on destruction. 64-byte aligned, contents undefined.

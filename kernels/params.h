@@ -35,7 +35,8 @@ struct SelectorSpec {
   int planes = 2;        // sketch: 1 to 3 bits per component; minmax: 0.
   // sketch, progressive reading: the share of all blocks that are scored again with planes 1+2,
   // and with planes 1+2+3, best first. In (0, 1], second <= first; never below the row's budget.
-  // 1.0 reads every block with that plane.
+  // 1.0 reads every block with that plane. In every ranking, the last included, a block counts with
+  // the finest score it has.
   std::array<float, 2> refine_share = {1.0f, 1.0f};
 
   friend bool operator==(const SelectorSpec&, const SelectorSpec&) = default;

@@ -314,7 +314,7 @@ TEST_F(GenerateTest, ModelAndLoadAreDescribed) {
   EXPECT_EQ(model.default_attention().rectify_interval(), 32);
   EXPECT_TRUE(model.default_attention().has_sink_tokens());
   EXPECT_EQ(model.selector().kind(), "sketch");
-  EXPECT_EQ(model.selector().planes(), 2);
+  EXPECT_EQ(model.selector().planes(), 3);
   EXPECT_EQ(model.kv_dtype(), "bf16");
   EXPECT_EQ(model.num_layers(), 2);
   const resa::v1::GetLoadResponse load = server_->Load();

@@ -1,12 +1,14 @@
 """Compares our tokenizer with the `tokenizers` library, live, over random text.
 
     python3 tests/golden/compare_tokenizer.py TOOL MODEL [--seed N] [--seconds S]
+        [--template FILE ...]
 
 TOOL is the binary tokenizer_tool; MODEL a GGUF file, or a directory with a tokenizer.json. For a GGUF
 file the library's tokenizer is put together from its vocabulary here, the way the model's own
 tokenizer.json is. Each round encodes a random text with both, with and without special tokens in it,
-decodes random ids with both, and decodes incrementally with ours. Stops at the first difference,
-printing the seed and the text. (needs: pip install tokenizers gguf numpy)
+decodes random ids with both, and decodes incrementally with ours. Then random chats are rendered with
+the model's chat template, and with those in the files given, by Jinja and by us. Stops at the first
+difference, printing the seed and the text. (needs: pip install tokenizers gguf numpy jinja2)
 """
 
 import argparse
@@ -106,7 +108,9 @@ def tokenizer_of_gguf(path):
         bos = tokens[get("bos_token_id")]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, get("bos_token_id"))])
-    return tokenizer
+    template = reader.fields.get("tokenizer.chat_template")
+    return tokenizer, [get("bos_token_id"), get("eos_token_id"),
+                       *([] if template is None else [template.contents()])]
 
 
 class Tool:
@@ -189,17 +193,70 @@ def compare(tool, library, seed):
     return len(data)
 
 
+def random_chat(rng):
+    def text(size):
+        return random_text(rng, size).decode(errors="replace")
+
+    messages = []
+    if rng.random() < 0.5:
+        messages.append({"role": "system", "content": text(40)})
+    for i in range(rng.randrange(1, 5)):
+        content = text(60)
+        if i % 2 and rng.random() < 0.4:
+            content = rng.choice(["<think>\n%s\n</think>\n\n%s" % (content, text(20)), "a</think>b"])
+        messages.append({"role": ["user", "assistant"][i % 2], "content": content})
+    return messages
+
+
+def compare_chats(tool, library, template, bos, eos, seed, rounds):
+    """Chats as Jinja renders them, encoded by the library, against ours; refused by both or none."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    compiled = environment.from_string(template)
+    library.encode_special_tokens = False
+    rendered = 0
+    for i in range(seed, seed + rounds):
+        rng = random.Random(i)
+        messages, prompt = random_chat(rng), rng.random() < 0.5
+        try:
+            text = compiled.render(messages=messages, add_generation_prompt=prompt, bos_token=bos,
+                                   eos_token=eos)
+            theirs = library.encode(text, add_special_tokens=False).ids
+        except jinja2.exceptions.TemplateError:
+            text, theirs = "", "refused"
+        try:
+            ours = tool.chat(template, messages, prompt)
+        except RuntimeError as error:
+            if "none of those" in str(error):
+                raise
+            ours = "refused"
+        check("chat", i, text, ours, theirs)
+        rendered += theirs != "refused"
+    print(f"{rounds} chats, {rendered} of them rendered: identical")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("tool")
     parser.add_argument("model")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--template", action="append", default=[])
     args = parser.parse_args()
+    templates = [open(path).read() for path in args.template]
+    bos = eos = ""
     if os.path.isdir(args.model):
         library = Tokenizer.from_file(os.path.join(args.model, "tokenizer.json"))
     else:
-        library = tokenizer_of_gguf(args.model)
+        library, own = tokenizer_of_gguf(args.model)
+        bos, eos = (library.id_to_token(i) if i is not None else "" for i in own[:2])
+        templates += own[2:]
     tool = Tool(args.tool, args.model)
     begin = time.monotonic()
     total = rounds = 0
@@ -208,6 +265,8 @@ def main():
         rounds += 1
     print(f"{args.model}: {rounds} texts, {total} bytes: identical (seeds {args.seed} to "
           f"{args.seed + rounds - 1})")
+    for template in templates:
+        compare_chats(tool, library, template, bos, eos, args.seed, 500)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ endif()
 if(RESA_SANITIZE)
   add_compile_options(-fsanitize=${RESA_SANITIZE} -fno-omit-frame-pointer)
   add_link_options(-fsanitize=${RESA_SANITIZE})
-  # With instrumentation in the way, gcc's flow analysis sees these where there are none.
-  add_compile_options(-Wno-maybe-uninitialized -Wno-restrict)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # With instrumentation in the way, gcc's flow analysis sees these where there are none.
+    add_compile_options(-Wno-maybe-uninitialized -Wno-restrict)
+  endif()
   if(RESA_SANITIZE MATCHES "undefined")
     add_compile_options(-fno-sanitize-recover=undefined)
   endif()

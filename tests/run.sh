@@ -24,15 +24,15 @@ start=$SECONDS
 
 resa_setup --tests
 resa_say "Fetching the real model (SmolLM2-135M-Instruct, 93 MB, once)."
-deploy/models/fetch_smollm2.sh >/dev/null
+smollm2=$(deploy/models/fetch_smollm2.sh)
 
 venv=build/venv
-if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import tokenizers' 2>/dev/null; then
-  resa_say "Making a Python environment with the tokenizers library."
+if ! "$venv/bin/python" -c 'import tokenizers, gguf, jinja2' 2>/dev/null; then
+  resa_say "Making a Python environment with the tokenizers library, to compare with."
   python3 -m venv "$venv"
   "$venv/bin/pip" install -q --disable-pip-version-check -r tests/requirements.txt
 fi
-export RESA_PYTHON=$PWD/$venv/bin/python RESA_REQUIRE_SMOLLM2=1
+export RESA_REQUIRE_SMOLLM2=1
 
 # run_tests PRESET LABELS: ctest, its output shown where a test fails.
 run_tests() {
@@ -42,12 +42,14 @@ run_tests() {
 
 resa_build cpu-release all
 run_tests cpu-release ".*"
+resa_say "Comparing the tokenizer with the tokenizers library on SmolLM2's vocabulary."
+"$venv/bin/python" tests/golden/compare_tokenizer.py \
+  build/cpu-release/tests/golden/tokenizer_tool "$smollm2" --seconds 15
 
 if [ "$quick" = no ]; then
   target=resa_unit_tests
   [ "$sanitize" = ".*" ] && target=all
   export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
-  export TSAN_OPTIONS=suppressions=$PWD/tests/support/tsan.supp
   for preset in cpu-asan cpu-tsan; do
     resa_build "$preset" "$target"
     run_tests "$preset" "$sanitize"

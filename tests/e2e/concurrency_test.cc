@@ -117,7 +117,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(std::vector<std::string>{"--pool-memory=4MiB", "--max-context=2000"},
                       std::vector<std::string>{"--pool-memory=4MiB", "--max-context=2000",
                                                "--preset=paper", "--kv-dtype=f32",
-                                               "--max-step-tokens=400"}));
+                                               "--max-step-tokens=400", "--threads=2"}));
 
 // Clients that come, go away in the middle, time out and come again, for a while: afterwards
 // nothing is left behind and a fresh request runs as ever.

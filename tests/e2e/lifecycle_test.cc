@@ -201,6 +201,47 @@ TEST(SlowReaderTest, OneThatNeverReadsLosesItsRequest) {
   EXPECT_EQ(result.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
 }
 
+// The log's line about the end of a request, which may come a moment after the client has its end.
+std::string LogLineOf(const TestServer& server, const std::string& request_id) {
+  const absl::Time give_up = absl::Now() + absl::Seconds(10);
+  while (absl::Now() < give_up) {
+    for (const std::string& line : server.LogLines()) {
+      if (line.find("request " + request_id) != std::string::npos) return line;
+    }
+    absl::SleepFor(absl::Milliseconds(2));
+  }
+  return "";
+}
+
+TEST(LogTest, ARequestsLineCarriesItsNameAndTrace) {
+  TestServer server;
+  const auto line = [&](const std::string& id, const std::string& traceparent) {
+    GenerateRequest request = RequestFor("secret", 3);
+    request.set_request_id(id);
+    grpc::ClientContext context;
+    if (!traceparent.empty()) context.AddMetadata("traceparent", traceparent);
+    Generate(server.stub(), request, &context);
+    return LogLineOf(server, id);
+  };
+  const std::string trace = "0af7651916cd43dd8448eb211c80319c";
+  const std::string traced = line("traced", "00-" + trace + "-b7ad6b7169203331-01");
+  EXPECT_THAT(traced, HasSubstr("trace " + trace));
+  EXPECT_THAT(traced, HasSubstr("OK, 6 prompt and 3 output tokens"));
+  EXPECT_THAT(line("plain", ""), ::testing::Not(HasSubstr("trace")));
+  for (const char* bad : {"00-short-b7ad6b7169203331-01", "nonsense",
+                          "00-0af7651916cd43dd8448eb211c80319z-b7ad6b7169203331-01"}) {
+    EXPECT_THAT(line(std::string("bad") + bad, bad), ::testing::Not(HasSubstr("trace")));
+  }
+  // A name cannot break the line or pretend to be another.
+  GenerateRequest request = RequestFor("secret", 3);
+  request.set_request_id("two\nlines");
+  Generate(server.stub(), request);
+  EXPECT_NE(LogLineOf(server, "two\\nlines"), "");
+  for (const std::string& logged : server.LogLines()) {
+    EXPECT_THAT(logged, ::testing::Not(HasSubstr("secret")));
+  }
+}
+
 HealthCheckResponse::ServingStatus Check(TestServer* server, const std::string& service) {
   const auto health = Health::NewStub(server->channel());
   grpc::ClientContext context;

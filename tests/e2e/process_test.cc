@@ -32,7 +32,7 @@ class Resad {
                                           "--listen=127.0.0.1:0",
                                           "--http-listen=127.0.0.1:0",
                                           "--port-file=" + folder_.Path("ports"),
-                                          "--threads=2",
+                                          "--threads=1",
                                           "--sparse-from=0",
                                           "--pool-memory=200MiB"};
     arguments.insert(arguments.end(), flags.begin(), flags.end());

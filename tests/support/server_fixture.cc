@@ -8,15 +8,16 @@
 #include "kernels/check.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "server/config.h"
-#include "spdlog/sinks/null_sink.h"
 
 namespace resa::testing {
 namespace {
 
+constexpr size_t kLogLines = 1000;
+
 // `flags` after those defaults that they do not replace.
 std::vector<std::string> WithDefaults(const std::vector<std::string>& flags) {
   std::vector<std::string> all;
-  for (const std::string flag : {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=2",
+  for (const std::string flag : {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=1",
                                  "--sparse-from=0", "--pool-memory=16MiB", "--drain-timeout=10s"}) {
     const std::string name = std::vector<std::string>(absl::StrSplit(flag, '=')).front();
     bool replaced = false;
@@ -38,8 +39,8 @@ TestServer::TestServer(const TestServerOptions& options)
   if (!line->settings.has_served_model_name()) line->settings.set_served_model_name("tiny");
   const auto config = server::ResolveConfig(line->settings);
   RESA_CHECK(config.ok()) << config.status();
-  auto logger =
-      std::make_shared<spdlog::logger>("test", std::make_shared<spdlog::sinks::null_sink_mt>());
+  log_ = std::make_shared<spdlog::sinks::ringbuffer_sink_mt>(kLogLines);
+  auto logger = std::make_shared<spdlog::logger>("test", log_);
   auto daemon = server::Daemon::Create(*config, std::move(logger));
   RESA_CHECK(daemon.ok()) << daemon.status();
   daemon_ = *std::move(daemon);
@@ -63,6 +64,8 @@ void TestServer::LoadModel() {
 }
 
 std::string TestServer::address() const { return absl::StrCat("127.0.0.1:", daemon_->grpc_port()); }
+
+std::vector<std::string> TestServer::LogLines() const { return log_->last_formatted(); }
 
 resa::v1::GetLoadResponse TestServer::Load() {
   grpc::ClientContext context;

@@ -14,6 +14,7 @@
 #include "grpcpp/grpcpp.h"
 #include "resa/v1/inference.grpc.pb.h"
 #include "server/daemon.h"
+#include "spdlog/sinks/ringbuffer_sink.h"
 #include "tests/support/model_folder.h"
 
 namespace resa::testing {
@@ -22,7 +23,7 @@ struct TestServerOptions {
   TinyModelOptions model = {.max_position = 131072};
   uint64_t model_seed = 1;
   std::string chat_template = kChatMlTemplate;
-  // After the defaults: free ports, two threads, sparse from the first token on, a pool of 16 MiB.
+  // After the defaults: free ports, one thread, sparse from the first token on, a pool of 16 MiB.
   // A flag given here replaces its default.
   std::vector<std::string> flags = {};
   // False: it listens, but LoadModel is the test's to call.
@@ -41,6 +42,8 @@ class TestServer {
   std::shared_ptr<grpc::Channel> channel() const { return channel_; }
   server::Daemon& daemon() { return *daemon_; }
   std::string address() const;
+  // The newest lines of the daemon's log, oldest first.
+  std::vector<std::string> LogLines() const;
   resa::v1::GetLoadResponse Load();
   // Waits for the condition on GetLoad; false after `timeout`.
   bool WaitForLoad(const std::function<bool(const resa::v1::GetLoadResponse&)>& condition,
@@ -49,6 +52,7 @@ class TestServer {
  private:
   std::unique_ptr<ModelFolder> folder_;
   int threads_ = 0;
+  std::shared_ptr<spdlog::sinks::ringbuffer_sink_mt> log_;
   std::unique_ptr<server::Daemon> daemon_;
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<resa::v1::InferenceService::Stub> stub_;

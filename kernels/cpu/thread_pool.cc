@@ -63,26 +63,40 @@ void ThreadPool::Run(int64_t tasks, Function function, const void* body) {
   body_ = body;
   tasks_ = tasks;
   next_.store(0, std::memory_order_relaxed);
-  running_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
+  gate_.store(kOpen, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   Work(0);
-  // Every worker passes through every loop, so none can still look at this one's fields later.
-  for (;;) {
-    const uint32_t left = running_.load(std::memory_order_acquire);
-    if (left == 0) return;
-    AwaitChange(running_, left);
+  // All tasks are taken; those who took one are inside. Nobody enters any more, so once they have
+  // left, none can look at this loop's fields.
+  uint32_t inside = gate_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+  while (inside != 0) {
+    AwaitChange(gate_, inside);
+    inside = gate_.load(std::memory_order_acquire);
   }
+}
+
+// True when the calling worker is now inside the current loop.
+bool ThreadPool::Enter() {
+  uint32_t gate = gate_.load(std::memory_order_relaxed);
+  while ((gate & kOpen) != 0) {
+    if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire,
+                                    std::memory_order_relaxed)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 void ThreadPool::WorkerLoop(int thread) {
   uint32_t seen = 0;
   for (;;) {
     AwaitChange(epoch_, seen);
-    ++seen;
+    seen = epoch_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (!Enter()) continue;
     Work(thread);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    if (gate_.fetch_sub(1, std::memory_order_acq_rel) == 1) gate_.notify_one();
   }
 }
 

@@ -36,20 +36,25 @@ class ThreadPool {
 
  private:
   using Function = void (*)(const void* body, int64_t task, int thread);
+  static constexpr uint32_t kOpen = uint32_t{1} << 31;
 
   void Run(int64_t tasks, Function function, const void* body);
   void Work(int thread);
+  bool Enter();
   void WorkerLoop(int thread);
 
-  // The current loop; written by the caller while no worker is in a loop, published by epoch_.
+  // The current loop; written by the caller while the gate is shut and nobody is inside, published
+  // by gate_.
   Function function_ = nullptr;
   const void* body_ = nullptr;
   int64_t tasks_ = 0;
-  bool stop_ = false;
+  bool stop_ = false;  // Published by epoch_.
 
-  alignas(64) std::atomic<int64_t> next_{0};      // The next task to claim.
-  alignas(64) std::atomic<uint32_t> epoch_{0};    // Rises by one for each loop.
-  alignas(64) std::atomic<uint32_t> running_{0};  // Workers that have not left the current loop.
+  alignas(64) std::atomic<int64_t> next_{0};    // The next task to claim.
+  alignas(64) std::atomic<uint32_t> epoch_{0};  // Rises by one for each loop: wakes the workers.
+  // kOpen while the current loop takes workers in, plus how many are inside. A worker that wakes
+  // late finds the gate shut and is not waited for: on a busy machine that can be a time slice.
+  alignas(64) std::atomic<uint32_t> gate_{0};
   std::vector<std::thread> workers_;
 };
 

@@ -43,7 +43,8 @@ TEST(ConfigTest, Defaults) {
   EXPECT_EQ(config.device.threads, 0);
   EXPECT_EQ(config.pool.kv_dtype, kernels::DType::kBF16);
   EXPECT_EQ(config.pool.bytes, std::nullopt);
-  EXPECT_EQ(config.pool.selector, kernels::SelectorSpec());
+  EXPECT_EQ(config.pool.selector,
+            (kernels::SelectorSpec{.kind = kernels::SelectorKind::kSketch, .planes = 3}));
   EXPECT_EQ(config.limits.max_context, std::nullopt);
   EXPECT_EQ(config.limits.max_sequences, 64);
   EXPECT_EQ(config.limits.max_step_tokens, 512);

@@ -111,8 +111,8 @@ absl::StatusOr<std::unique_ptr<const Tokenizer>> Tokenizer::FromParts(TokenizerP
   return std::unique_ptr<const Tokenizer>(std::move(tokenizer));
 }
 
-// Lays the added tokens over the model's vocabulary and makes them findable. Fills *spelling with what
-// the decoder is to take each id for: the token, but a normalised one in its normalised form.
+// Lays the added tokens over the model's vocabulary and makes them findable. Fills *spelling with
+// what the decoder is to take each id for: the token, but a normalised one in its normalised form.
 absl::Status Tokenizer::AddTokens(std::vector<std::string>* spelling) {
   int32_t limit = parts_.model->id_limit();
   for (const AddedToken& token : parts_.added_tokens) {

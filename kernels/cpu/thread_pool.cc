@@ -37,7 +37,7 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-  stop_ = true;
+  stop_.store(true, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -93,7 +93,7 @@ void ThreadPool::WorkerLoop(int thread) {
   for (;;) {
     AwaitChange(epoch_, seen);
     seen = epoch_.load(std::memory_order_acquire);
-    if (stop_) return;
+    if (stop_.load(std::memory_order_relaxed)) return;
     if (!Enter()) continue;
     Work(thread);
     if (gate_.fetch_sub(1, std::memory_order_acq_rel) == 1) gate_.notify_one();

@@ -48,7 +48,7 @@ class ThreadPool {
   Function function_ = nullptr;
   const void* body_ = nullptr;
   int64_t tasks_ = 0;
-  bool stop_ = false;  // Published by epoch_.
+  std::atomic<bool> stop_{false};
 
   alignas(64) std::atomic<int64_t> next_{0};    // The next task to claim.
   alignas(64) std::atomic<uint32_t> epoch_{0};  // Rises by one for each loop: wakes the workers.

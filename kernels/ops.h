@@ -15,6 +15,7 @@
 #include <memory>
 #include <string>
 
+#include "kernels/ceilings.h"
 #include "kernels/params.h"
 
 namespace resa::kernels {
@@ -57,6 +58,10 @@ class Ops {
   virtual DType activation_dtype() const = 0;
   // True when the pool may hold K and V in this type.
   virtual bool SupportsKvDtype(DType dtype) const = 0;
+
+  // Measures what this backend can do at best, with all its threads, in about half a second. The
+  // CPU needs twice the size of its last-level cache in memory meanwhile, 128 to 512 MiB.
+  virtual Ceilings MeasureCeilings() = 0;
 
   // Null when the memory cannot be had.
   virtual std::unique_ptr<Buffer> Allocate(size_t bytes) = 0;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/ceilings.h"
 #include "kernels/params.h"
 
 namespace resa::kernels {
@@ -21,9 +22,9 @@ struct Roofline {
     flops += other.flops;
     return *this;
   }
-  // Seconds at the least on a machine of this bandwidth (bytes/s) and peak (FLOP/s).
-  double Seconds(double bandwidth, double peak_flops) const {
-    return std::max(bytes / bandwidth, flops / peak_flops);
+  // Seconds at the least on such a machine: bytes and FLOPs overlap perfectly.
+  double Seconds(const Ceilings& ceilings) const {
+    return std::max(bytes / ceilings.read_bytes_per_s, flops / ceilings.flops_per_s);
   }
 };
 

@@ -75,6 +75,9 @@ void GatherRows(Context& context, const GatherRowsParams& params);
 void CopyPages(Context& context, const CopyPagesParams& params);
 void Sample(Context& context, const SampleParams& params);
 
+// See Ops::MeasureCeilings.
+Ceilings MeasureCeilings(Context& context);
+
 // The name of the instruction set the kernels were dispatched to.
 const char* TargetName();
 

@@ -37,6 +37,7 @@ class CpuOps : public Ops {
   }
   DType activation_dtype() const override { return DType::kF32; }
   bool SupportsKvDtype(DType) const override { return true; }
+  Ceilings MeasureCeilings() override { return cpu::MeasureCeilings(context_); }
 
   std::unique_ptr<Buffer> Allocate(size_t bytes) override {
     // Pages of a pool are read in no order, one after the other on small system pages would miss

@@ -22,7 +22,7 @@
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/roofline.h"
-#include "tests/bench/machine_ceilings.h"
+#include "tests/bench/bench_clock.h"
 
 namespace resa::bench {
 namespace {
@@ -59,10 +59,9 @@ class Bench {
       : options_(options),
         ops_(kernels::CreateCpuOps({.threads = options.threads})),
         threads_(options.threads == 0 ? kernels::AvailableCores() : options.threads),
-        bandwidth_(MeasureReadBandwidth(threads_)),
-        peak_(MeasurePeakFlops(threads_)) {
+        ceilings_(ops_->MeasureCeilings()) {
     std::printf("%s; read %.1f GB/s, FMA peak %.0f GFLOP/s\n", ops_->Description().c_str(),
-                bandwidth_ / 1e9, peak_ / 1e9);
+                ceilings_.read_bytes_per_s / 1e9, ceilings_.flops_per_s / 1e9);
     std::printf("%-44s %10s %8s %9s %7s\n", "case", "us", "GB/s", "GFLOP/s", "ceiling");
   }
 
@@ -79,7 +78,7 @@ class Bench {
     const double seconds = BestOf(threads_, run);
     std::printf("%-44s %10.1f %8.1f %9.1f %6.1f%%\n", name.c_str(), seconds * 1e6,
                 roofline.bytes / seconds / 1e9, roofline.flops / seconds / 1e9,
-                100 * roofline.Seconds(bandwidth_, peak_) / seconds);
+                100 * roofline.Seconds(ceilings_) / seconds);
   }
   bool Wanted(const std::string& prefix) const {
     return options_.filter.empty() || options_.filter.find(prefix) == 0 ||
@@ -258,8 +257,7 @@ class Bench {
   const Options options_;
   const std::unique_ptr<Ops> ops_;
   const int threads_;
-  const double bandwidth_;
-  const double peak_;
+  const kernels::Ceilings ceilings_;
   std::mt19937 rng_{1};
 };
 

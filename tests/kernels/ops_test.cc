@@ -20,6 +20,7 @@ class NullOps : public Ops {
   std::string Description() const override { return "null"; }
   DType activation_dtype() const override { return DType::kF32; }
   bool SupportsKvDtype(DType) const override { return true; }
+  Ceilings MeasureCeilings() override { return {1, 1}; }
   std::unique_ptr<Buffer> Allocate(size_t) override { return nullptr; }
   const std::byte* ImportWeights(const std::byte* host, size_t) override { return host; }
   void Upload(std::byte*, const void*, size_t) override {}
@@ -203,7 +204,7 @@ TEST_F(OpsCheckTest, RooflinesCountBytesAndFlops) {
   EXPECT_EQ(RooflineOf(Sparse(&row)).bytes, 24 * 2 * 2 * 64 * 2);
   // 7 blocks of 8 tokens, 2 planes of 8 bytes and a scale each.
   EXPECT_EQ(RooflineOf(Select(&row)).bytes, 7 * 8 * 2 * (2 * 8 + 2));
-  EXPECT_EQ(linear.Seconds(1e3, 1e3), linear.bytes / 1e3);
+  EXPECT_EQ(linear.Seconds({.read_bytes_per_s = 1e3, .flops_per_s = 1e3}), linear.bytes / 1e3);
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ class ObservingOps : public kernels::Ops {
   bool SupportsKvDtype(kernels::DType dtype) const override {
     return inner_.SupportsKvDtype(dtype);
   }
+  kernels::Ceilings MeasureCeilings() override { return inner_.MeasureCeilings(); }
   std::unique_ptr<kernels::Buffer> Allocate(size_t bytes) override {
     return inner_.Allocate(bytes);
   }

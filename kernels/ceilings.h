@@ -1,0 +1,21 @@
+#ifndef RESA_KERNELS_CEILINGS_H_
+#define RESA_KERNELS_CEILINGS_H_
+
+// What a machine can do at best: the other half of a roofline (kernels/roofline.h has what an op
+// needs). Measured, since no data sheet knows the memory slots that are filled, the clock under
+// wide vectors or the neighbours on the host.
+
+namespace resa::kernels {
+
+// Of one backend with all the threads it was given. Both are above 0.
+struct Ceilings {
+  // Bytes per second read from memory in streams, nothing written, caches of no help.
+  double read_bytes_per_s = 0;
+  // Floating-point operations per second of independent multiply-adds in registers, each counted
+  // as two: f32 at the widest vectors that the backend's kernels were dispatched to.
+  double flops_per_s = 0;
+};
+
+}  // namespace resa::kernels
+
+#endif  // RESA_KERNELS_CEILINGS_H_

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kernels/cpu/context.h"
+#include "kernels/cpu/linear_onednn.h"
 
 namespace resa::kernels {
 namespace {
@@ -28,12 +29,19 @@ class HostBuffer : public Buffer {
 
 class CpuOps : public Ops {
  public:
-  explicit CpuOps(int threads) : context_(threads) {}
+  CpuOps(int threads, Bf16Linear bf16_linear) : context_(threads) {
+    if (bf16_linear == Bf16Linear::kOff) return;
+    bf16_linear_ =
+        cpu::OneDnnLinear::Create(threads, bf16_linear == Bf16Linear::kForce, &no_bf16_linear_);
+  }
 
   std::string Description() const override {
-    return std::string("cpu, ") + cpu::TargetName() + ", " +
-           std::to_string(context_.pool.threads()) +
-           (context_.pool.threads() == 1 ? " thread" : " threads");
+    std::string text = std::string("cpu, ") + cpu::TargetName() + ", " +
+                       std::to_string(context_.pool.threads()) +
+                       (context_.pool.threads() == 1 ? " thread" : " threads");
+    if (bf16_linear_ != nullptr) text += ", " + bf16_linear_->Description();
+    if (!no_bf16_linear_.empty()) text += ", no bf16 products: " + no_bf16_linear_;
+    return text;
   }
   DType activation_dtype() const override { return DType::kF32; }
   bool SupportsKvDtype(DType) const override { return true; }
@@ -62,7 +70,10 @@ class CpuOps : public Ops {
  private:
   void DoEmbed(const EmbedParams& p) override { cpu::Embed(context_, p); }
   void DoRmsNorm(const RmsNormParams& p) override { cpu::RmsNorm(context_, p); }
-  void DoLinear(const LinearParams& p) override { cpu::Linear(context_, p); }
+  void DoLinear(const LinearParams& p) override {
+    if (bf16_linear_ != nullptr && bf16_linear_->Run(context_, p)) return;
+    cpu::Linear(context_, p);
+  }
   void DoRopeTable(const RopeTableParams& p) override { cpu::RopeTable(context_, p); }
   void DoQkvPost(const QkvPostParams& p) override { cpu::QkvPost(context_, p); }
   void DoSelect(const SelectParams& p) override {
@@ -80,6 +91,8 @@ class CpuOps : public Ops {
   void DoSample(const SampleParams& p) override { cpu::Sample(context_, p); }
 
   cpu::Context context_;
+  std::unique_ptr<cpu::OneDnnLinear> bf16_linear_;  // Null: gemm.cc does it all.
+  std::string no_bf16_linear_;                      // Why, where that is not to be expected.
 };
 
 }  // namespace
@@ -87,7 +100,8 @@ class CpuOps : public Ops {
 std::unique_ptr<Ops> CreateCpuOps(const CpuOptions& options) {
   RESA_CHECK(CpuSupported()) << "this CPU lacks AVX2 and FMA";
   RESA_CHECK_GE(options.threads, 0) << "CpuOptions::threads";
-  return std::make_unique<CpuOps>(options.threads == 0 ? AvailableCores() : options.threads);
+  return std::make_unique<CpuOps>(options.threads == 0 ? AvailableCores() : options.threads,
+                                  options.bf16_linear);
 }
 
 }  // namespace resa::kernels

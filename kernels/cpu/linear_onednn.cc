@@ -52,14 +52,13 @@ std::unique_ptr<OneDnnLinear> OneDnnLinear::Create(int, bool emulated, std::stri
 #else
 
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <map>
-#include <random>
 #include <utility>
 #include <vector>
 
 #include "dnnl.hpp"
+#include "kernels/cpu/product_check.h"
 
 #if DNNL_CPU_THREADING_RUNTIME == DNNL_RUNTIME_OMP
 // Of the OpenMP runtime that oneDNN is linked with. Its header belongs to one compiler or the
@@ -80,7 +79,6 @@ constexpr int64_t kPanel = 64;  // Columns of a task, and the width of oneDNN's 
 // one before, so that padding (Cut()) stays bounded.
 constexpr int64_t kBaseRows = 16;
 constexpr std::array<int64_t, 5> kTileRows = {kBaseRows, 1, 4, 64, 256};
-constexpr int64_t kProbes = 4;  // Rows that a check tells apart.
 
 // OpenMP's number of threads belongs to the calling thread, so each thread sets its own; it costs a
 // few nanoseconds.
@@ -108,49 +106,6 @@ struct Shape {
   std::vector<Tile> tiles;
 };
 
-// Known rows and weights, and what a product of them was the first time.
-struct Probe {
-  std::vector<bf16> rows;       // [kProbes, in]
-  std::vector<bf16> weights;    // [cols, in]
-  std::vector<float> expected;  // [kProbes, cols]; empty until the first tile has run.
-};
-
-Probe MakeProbe(int64_t in, int64_t cols) {
-  std::mt19937 random(static_cast<uint32_t>(in));  // The same bits on every machine.
-  const auto draw = [&random] {
-    return RoundToBf16(static_cast<float>(random() >> 8) * 0x1p-23f - 1.0f);
-  };
-  Probe probe;
-  probe.rows.resize(static_cast<size_t>(kProbes * in));
-  probe.weights.resize(static_cast<size_t>(cols * in));
-  std::generate(probe.rows.begin(), probe.rows.end(), draw);
-  std::generate(probe.weights.begin(), probe.weights.end(), draw);
-  return probe;
-}
-
-// Empty when probe.expected is the product of rows and weights. Products of bf16 are exact in f32;
-// each of their `in` additions errs by 2^-24 of a partial sum that is below the sum of magnitudes,
-// at random.
-std::string CheckValues(const Probe& probe, int64_t in, int64_t cols) {
-  for (int64_t r = 0; r < kProbes; ++r) {
-    for (int64_t c = 0; c < cols; ++c) {
-      double sum = 0, magnitude = 0;
-      for (int64_t k = 0; k < in; ++k) {
-        const double product = double{ToFloat(probe.rows[static_cast<size_t>(r * in + k)])} *
-                               ToFloat(probe.weights[static_cast<size_t>(c * in + k)]);
-        sum += product;
-        magnitude += std::abs(product);
-      }
-      const double got = probe.expected[static_cast<size_t>(r * cols + c)];
-      const double bound = std::sqrt(static_cast<double>(in)) * 0x1p-24 * magnitude;
-      if (!(std::abs(got - sum) <= bound)) {
-        return "a product is " + std::to_string(got) + ", not " + std::to_string(sum);
-      }
-    }
-  }
-  return "";
-}
-
 class OneDnnLinearImpl : public OneDnnLinear {
  public:
   explicit OneDnnLinearImpl(int threads)
@@ -175,7 +130,6 @@ class OneDnnLinearImpl : public OneDnnLinear {
   };
 
   std::string MakeTile(const Shape& shape, int64_t rows, Tile* tile) const;
-  std::string Check(const Shape& shape, const Tile& tile, Probe* probe, Scratch& scratch);
   void Execute(const Tile& tile, size_t thread, const bf16* x, const bf16* weights, float* out,
                std::byte* scratch);
   int64_t Cut(const Shape& shape, int64_t rows);
@@ -215,44 +169,12 @@ std::string OneDnnLinearImpl::MakeTile(const Shape& shape, int64_t rows, Tile* t
   return "";
 }
 
-// Says which row's bits depend on where it stands, or on the tile.
-std::string OneDnnLinearImpl::Check(const Shape& shape, const Tile& tile, Probe* probe,
-                                    Scratch& scratch) {
-  const auto in = static_cast<size_t>(shape.in), cols = static_cast<size_t>(shape.cols);
-  const auto rows = static_cast<size_t>(tile.rows);
-  std::vector<bf16> x(rows * in);
-  std::vector<float> out(rows * cols);
-  scratch.Reset(Scratch::BytesFor<std::byte>(tile.scratch_bytes));
-  auto* const memory = scratch.Take<std::byte>(tile.scratch_bytes);
-  for (size_t shift = 0; shift < kProbes; ++shift) {
-    const auto probe_of = [shift](size_t row) { return (row + shift) % kProbes; };
-    for (size_t r = 0; r < rows; ++r) {
-      std::copy_n(&probe->rows[probe_of(r) * in], in, &x[r * in]);
-    }
-    Execute(tile, 0, x.data(), probe->weights.data(), out.data(), memory);
-    if (probe->expected.empty()) {
-      RESA_CHECK(shift == 0 && rows >= kProbes);
-      probe->expected.assign(out.begin(), out.begin() + kProbes * shape.cols);
-      std::string wrong = CheckValues(*probe, shape.in, shape.cols);
-      if (!wrong.empty()) return wrong;
-    }
-    for (size_t r = 0; r < rows; ++r) {
-      if (std::memcmp(&out[r * cols], &probe->expected[probe_of(r) * cols], cols * sizeof(float)) !=
-          0) {
-        return "row " + std::to_string(r) + " of " + std::to_string(rows) +
-               " has other bits than elsewhere";
-      }
-    }
-  }
-  return "";
-}
-
 const Shape& OneDnnLinearImpl::Find(int64_t in, int64_t cols, Scratch& scratch) {
   const auto [found, added] = shapes_.try_emplace({in, cols}, Shape{in, cols, {}});
   Shape& shape = found->second;
   if (!added) return shape;
   KeepToThisThread();
-  Probe probe = MakeProbe(in, cols);
+  ProductCheck check(in, cols);
   for (const int64_t rows : kTileRows) {
     Tile tile;
     std::string wrong;
@@ -262,7 +184,13 @@ const Shape& OneDnnLinearImpl::Find(int64_t in, int64_t cols, Scratch& scratch) 
     } catch (const dnnl::error& error) {
       wrong = std::string("oneDNN: ") + error.what();
     }
-    if (wrong.empty()) wrong = Check(shape, tile, &probe, scratch);
+    if (wrong.empty()) {
+      scratch.Reset(Scratch::BytesFor<std::byte>(tile.scratch_bytes));
+      auto* const own = scratch.Take<std::byte>(tile.scratch_bytes);
+      wrong = check.Run(rows, [&](const bf16* x, const bf16* weights, float* out) {
+        Execute(tile, 0, x, weights, out, own);
+      });
+    }
     if (wrong.empty()) {
       shape.tiles.push_back(std::move(tile));
     } else if (rows == kBaseRows) {
@@ -372,7 +300,7 @@ std::unique_ptr<OneDnnLinear> OneDnnLinear::Create(int threads, bool emulated,
     *reason = "this CPU has no AVX-512";
     return nullptr;
   }
-  constexpr int64_t kFirstIn = 576;
+  constexpr int64_t kFirstIn = 4096;  // A hidden size of many models.
   auto linear = std::make_unique<OneDnnLinearImpl>(threads);
   Scratch scratch;
   if (linear->Find(kFirstIn, kPanel, scratch).tiles.empty()) {

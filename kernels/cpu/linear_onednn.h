@@ -13,10 +13,9 @@
 //
 // A row's bits depend on that row and the weight alone. Work is cut in tiles of fixed numbers of
 // rows (the last one padded with zeros) by panels of 64 columns, one oneDNN primitive for each tile
-// size and number of inputs. The first time a shape is seen, Check() runs known rows at every place
-// of every tile, one row among several others each time: a tile size whose bits differ from those
-// of 16 rows is not used, and a shape at which 16 rows contradict themselves, or lie outside the
-// rounding error of the exact product, is left to gemm.cc for good.
+// size and number of inputs. The first time a shape is seen, product_check.h tries each: a tile
+// size whose bits differ from those of 16 rows is not used, and a shape at which 16 rows contradict
+// themselves or the exact product is left to gemm.cc for good.
 //
 // Threads: each primitive runs on the one thread that executes it; the panels are spread over the
 // backend's own pool. Distributions build oneDNN with OpenMP, which is kept at one thread and
@@ -36,7 +35,7 @@ namespace resa::kernels::cpu {
 class OneDnnLinear {
  public:
   // Null when this CPU has no bf16 instructions that oneDNN would use, `reason` then empty, or when
-  // oneDNN cannot be trusted with a first small shape, or is missing, `reason` then saying why.
+  // oneDNN cannot be trusted with a first usual shape, or is missing, `reason` then saying why.
   // `emulated`: also take a CPU that lacks the instructions but has AVX-512 (for tests).
   // `threads`: of the pool in the context that Run() is given.
   static std::unique_ptr<OneDnnLinear> Create(int threads, bool emulated, std::string* reason);
@@ -47,7 +46,7 @@ class OneDnnLinear {
   // (what oneDNN itself takes and frees during a call aside). From one thread at a time.
   virtual bool Run(Context& context, const LinearParams& params) = 0;
 
-  // "oneDNN bf16", and which shapes it was refused so far, and why. From the thread of Run().
+  // "oneDNN bf16", and which shapes it was refused so far, and why. Not during Run().
   virtual std::string Description() const = 0;
 };
 

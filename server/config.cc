@@ -194,6 +194,9 @@ absl::StatusOr<DeviceOptions> ResolveDevice(const ServerConfig& settings) {
       return Invalid("--threads: ", device.threads, " is not from 1 to ", kMaxThreads);
     }
   }
+  const std::string bf16 = settings.has_cpu_bf16() ? settings.cpu_bf16() : "auto";
+  RESA_ASSIGN_OR_RETURN(const size_t bf16_choice, Choose("cpu-bf16", bf16, {"auto", "off"}));
+  device.cpu_bf16 = bf16_choice == 0;
   return device;
 }
 

@@ -33,7 +33,8 @@ enum class Device : uint8_t { kCpu };
 
 struct DeviceOptions {
   Device device = Device::kCpu;
-  int32_t threads = 0;  // 0: the cores this process may use.
+  int32_t threads = 0;   // 0: the cores this process may use.
+  bool cpu_bf16 = true;  // Linear with the CPU's bf16 instructions, where it has them.
 };
 
 struct PoolOptions {

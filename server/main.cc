@@ -40,7 +40,10 @@ std::shared_ptr<spdlog::logger> MakeLogger(const resa::server::LogOptions& optio
 }
 
 std::unique_ptr<resa::kernels::Ops> MakeOps(const resa::server::DeviceOptions& options) {
-  return resa::kernels::CreateCpuOps(resa::kernels::CpuOptions{.threads = options.threads});
+  using ::resa::kernels::Bf16Linear;
+  return resa::kernels::CreateCpuOps(
+      {.threads = options.threads,
+       .bf16_linear = options.cpu_bf16 ? Bf16Linear::kAuto : Bf16Linear::kOff});
 }
 
 // Waits for SIGTERM and SIGINT on a thread of its own. The first asks to stop; another one, or the

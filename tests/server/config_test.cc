@@ -41,6 +41,7 @@ TEST(ConfigTest, Defaults) {
   EXPECT_EQ(config.listen.drain_timeout, absl::Seconds(30));
   EXPECT_EQ(config.device.device, Device::kCpu);
   EXPECT_EQ(config.device.threads, 0);
+  EXPECT_TRUE(config.device.cpu_bf16);
   EXPECT_EQ(config.pool.kv_dtype, kernels::DType::kBF16);
   EXPECT_EQ(config.pool.bytes, std::nullopt);
   EXPECT_EQ(config.pool.selector,
@@ -72,7 +73,8 @@ TEST(ConfigTest, FlagsAndFileMeanTheSame) {
   const std::string path = WriteFile(R"(
       # A comment.
       model: "/m/a.gguf" served_model_name: "served" listen: "[::]:0" http_listen: ""
-      port_file: "/tmp/ports" drain_timeout: "5s" device: "cpu" threads: 3 kv_dtype: "f32"
+      port_file: "/tmp/ports" drain_timeout: "5s" device: "cpu" threads: 3 cpu_bf16: "off"
+      kv_dtype: "f32"
       pool_memory: "64MiB" max_context: 4096 max_sequences: 8 max_step_tokens: 600
       max_waiting: 9 preset: "default" selector: "sketch" block_tokens: 4 planes: 3
       refine_share: [0.5, 0.25] attention_mode: "sparse" keep_ratio: 0.2 min_tokens: 128
@@ -88,6 +90,7 @@ TEST(ConfigTest, FlagsAndFileMeanTheSame) {
                                        "--drain-timeout=5s",
                                        "--device=cpu",
                                        "--threads=3",
+                                       "--cpu-bf16=off",
                                        "--kv-dtype=f32",
                                        "--pool-memory=64MiB",
                                        "--max-context=4096",
@@ -120,6 +123,7 @@ TEST(ConfigTest, FlagsAndFileMeanTheSame) {
   EXPECT_EQ(config->listen.http_address, "");
   EXPECT_EQ(config->listen.drain_timeout, absl::Seconds(5));
   EXPECT_EQ(config->device.threads, 3);
+  EXPECT_FALSE(config->device.cpu_bf16);
   EXPECT_EQ(config->pool.kv_dtype, kernels::DType::kF32);
   EXPECT_EQ(config->pool.bytes, 64 << 20);
   EXPECT_EQ(config->pool.selector.planes, 3);
@@ -185,6 +189,7 @@ TEST(ConfigTest, RefusesWhatIsOutOfRangeOrContradictsItselfWithOneLine) {
       {{"--model=m", "--device=cuda:0"}, "--device: cuda:0 is not available"},
       {{"--model=m", "--device=tpu"}, "--device: 'tpu' is none of auto, cpu, cuda:N"},
       {{"--model=m", "--threads=0"}, "--threads: 0 is not from 1 to 1024"},
+      {{"--model=m", "--cpu-bf16=on"}, "--cpu-bf16: 'on' is none of auto, off"},
       {{"--model=m", "--kv-dtype=f16"}, "--kv-dtype: 'f16' is none of bf16, f32"},
       {{"--model=m", "--pool-memory=much"}, "--pool-memory: 'much' is not a size"},
       {{"--model=m", "--max-context=1"}, "--max-context: 1 is not at least 2"},

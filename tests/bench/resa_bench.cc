@@ -1,0 +1,237 @@
+// resa_bench: times the decoder's steps on this machine. `resa_bench --help` lists the flags.
+//
+//   resa_bench --shape 0.5b --context 1024,32768 --batch 1,8 --mode dense,sparse,rectified
+//   resa_bench --model deploy/models/demo --prefill 512,512@7600 --json figures.json
+//
+// By hand, on a quiet machine. The machine's ceilings come first; then, for each context, all modes
+// and batches take their steps in turn; then the prefills. What ran is proved from the backend's
+// counters.
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "engine/kv_pool.h"
+#include "engine/model_executor.h"
+#include "engine/model_files.h"
+#include "engine/status_macros.h"
+#include "hwy/targets.h"
+#include "kernels/cpu/cpu_ops.h"
+#include "tests/bench/bench_options.h"
+#include "tests/bench/bench_report.h"
+#include "tests/bench/bench_results.h"
+#include "tests/bench/bench_run.h"
+#include "tests/bench/random_model.h"
+#include "tests/bench/synthetic_pool.h"
+#include "tests/bench/timed_ops.h"
+
+namespace resa::bench {
+namespace {
+
+using engine::AttentionMode;
+
+struct Device {
+  std::unique_ptr<kernels::Ops> ops;
+  bool runs_ahead = false;  // Ops return before they are done.
+};
+
+absl::Status ChooseTarget(const std::string& name) {
+  if (name.empty()) return absl::OkStatus();
+  std::string known;
+  int64_t up_to = 0;  // A set of targets grows with the machine, lower bits are newer.
+  for (int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
+    const int64_t target = left & -left;
+#if defined(__x86_64__)
+    if (target > HWY_AVX2) break;  // The least that kernels are compiled for.
+#endif
+    if (name == hwy::TargetName(target)) up_to = target;
+    absl::StrAppend(&known, known.empty() ? "" : ", ", hwy::TargetName(target));
+  }
+  if (up_to == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--target: \"", name, "\" is none of this machine's: ", known));
+  }
+  // It and all that it includes: some kernels are compiled for fewer targets than others.
+  hwy::SetSupportedTargetsForTest(hwy::SupportedTargets() & ~(up_to - 1));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Device> MakeDevice(const BenchOptions& options) {
+  if (options.device != "cpu") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device: \"", options.device, "\" is not cpu, the only one there is"));
+  }
+  if (!kernels::CpuSupported()) return absl::UnavailableError("this CPU lacks AVX2 and FMA");
+  RESA_RETURN_IF_ERROR(ChooseTarget(options.target));
+  return Device{kernels::CreateCpuOps({.threads = options.threads}), false};
+}
+
+// The better of a few, since a busy moment makes a ceiling look low and every share high.
+kernels::Ceilings MeasureCeilings(kernels::Ops* ops) {
+  kernels::Ceilings best;
+  for (int i = 0; i < 3; ++i) {
+    const kernels::Ceilings c = ops->MeasureCeilings();
+    best.read_bytes_per_s = std::max(best.read_bytes_per_s, c.read_bytes_per_s);
+    best.flops_per_s = std::max(best.flops_per_s, c.flops_per_s);
+  }
+  return best;
+}
+
+// Groups of runs that are measured in turn: one for each context, one for the prefills.
+std::vector<std::vector<RunSpec>> GroupsOf(const BenchOptions& options) {
+  std::vector<std::vector<RunSpec>> groups;
+  for (const int32_t context : options.contexts) {
+    std::vector<RunSpec> group;
+    for (const int32_t batch : options.batches) {
+      for (const AttentionMode mode : options.modes) {
+        group.push_back({.mode = mode, .context = context, .batch = batch});
+      }
+    }
+    if (!group.empty()) groups.push_back(std::move(group));
+  }
+  std::vector<RunSpec> prefills;
+  for (const PrefillCase& prefill : options.prefills) {
+    prefills.push_back({.prefill = true, .context = prefill.position, .rows = prefill.rows});
+  }
+  if (!prefills.empty()) groups.push_back(std::move(prefills));
+  return groups;
+}
+
+// What all runs together need.
+struct Needs {
+  engine::BatchLimits limits;
+  std::vector<int64_t> lengths;  // Of each sequence to be filled, and
+  int64_t tokens = 0;            // the longest that any may become.
+};
+Needs NeedsOf(const std::vector<std::vector<RunSpec>>& groups, int32_t interval) {
+  Needs needs;
+  for (const std::vector<RunSpec>& group : groups) {
+    for (const RunSpec& spec : group) {
+      const int64_t tokens = BenchRun::TokensNeeded(spec, interval);
+      needs.tokens = std::max(needs.tokens, tokens);
+      if (needs.lengths.size() < static_cast<size_t>(spec.batch)) needs.lengths.resize(spec.batch);
+      for (int32_t s = 0; s < spec.batch; ++s) {
+        needs.lengths[s] = std::max(needs.lengths[s], tokens);
+      }
+      needs.limits.max_rows = std::max(needs.limits.max_rows, BenchRun::MaxRows(spec, interval));
+      needs.limits.max_segments = std::max(needs.limits.max_segments, spec.batch);
+    }
+  }
+  needs.limits.max_pages_per_sequence = engine::PagesFor(static_cast<int32_t>(needs.tokens));
+  return needs;
+}
+
+void LabelWeights(const engine::ModelWeights& weights, TimedOps* ops) {
+  for (const engine::LayerWeights& layer : weights.layers) {
+    for (const engine::WeightTensor* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj}) {
+      ops->Label(w->data, Stage::kQkv);
+    }
+    ops->Label(layer.o_proj.data, Stage::kOutput);
+    ops->Label(layer.gate_proj.data, Stage::kGateUp);
+    ops->Label(layer.up_proj.data, Stage::kGateUp);
+    ops->Label(layer.down_proj.data, Stage::kDown);
+  }
+  ops->Label(weights.lm_head.data, Stage::kLogits);
+}
+
+absl::StatusOr<engine::LoadedModel> MakeModel(const BenchOptions& options) {
+  if (!options.model.empty()) return engine::LoadModel(options.model);
+  RESA_ASSIGN_OR_RETURN(const engine::ModelConfig config, ConfigOfShape(options.shape));
+  return MakeRandomModel(config, options.seed);
+}
+
+absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
+  RESA_ASSIGN_OR_RETURN(Device device, MakeDevice(options));
+  BenchReport report;
+  report.device = device.ops->Description();
+  report.ceilings = MeasureCeilings(device.ops.get());
+  report.policy = options.policy;
+  TimedOps timed(device.ops.get(), report.ceilings, device.runs_ahead);
+
+  RESA_ASSIGN_OR_RETURN(const engine::LoadedModel model, MakeModel(options));
+  report.model = options.model.empty() ? options.shape : options.model;
+  report.config = model.config;
+  report.weight_bytes = model.weights.mapped_bytes + model.weights.converted_bytes;
+  LabelWeights(model.weights, &timed);
+
+  const std::vector<std::vector<RunSpec>> groups = GroupsOf(options);
+  const Needs needs = NeedsOf(groups, options.policy.rectify_interval);
+  const PageDeal deal(static_cast<int>(needs.lengths.size()), needs.tokens, options.seed);
+  report.layout =
+      engine::LayoutFor(model.config, options.selector, kernels::DType::kBF16, deal.num_pages());
+  std::fprintf(stderr, "%s: filling %.2f GB of KV pool\n", report.model.c_str(),
+               static_cast<double>(report.layout.PageBytes() * report.layout.num_pages) / 1e9);
+  RESA_ASSIGN_OR_RETURN(const std::unique_ptr<engine::ModelExecutor> executor,
+                        engine::ModelExecutor::Create(model.config, model.weights, report.layout,
+                                                      needs.limits, &timed));
+  RESA_RETURN_IF_ERROR(
+      FillPool(model.config, executor->kv(), deal, needs.lengths, options.seed, device.ops.get()));
+
+  for (const std::vector<RunSpec>& group : groups) {
+    std::vector<std::unique_ptr<BenchRun>> runs;
+    for (const RunSpec& spec : group) {
+      std::fprintf(stderr, "measuring %s\n", spec.Name().c_str());
+      runs.push_back(std::make_unique<BenchRun>(spec, options, model.config.vocab_size, deal,
+                                                &timed, executor.get()));
+    }
+    RESA_RETURN_IF_ERROR(MeasureRuns(runs, options.seconds));
+    std::vector<RunResult> results;
+    for (const auto& run : runs) results.push_back(ResultOf(*run));
+    for (Ratio& ratio : RatiosOf(results)) report.ratios.push_back(std::move(ratio));
+    for (RunResult& result : results) report.results.push_back(std::move(result));
+  }
+  report.ceilings_at_end = MeasureCeilings(device.ops.get());
+  return report;
+}
+
+absl::Status WriteJson(const BenchReport& report, const std::string& path) {
+  const std::string json = JsonOf(report) + "\n";
+  if (path == "-") {
+    std::fputs(json.c_str(), stdout);
+    return absl::OkStatus();
+  }
+  std::ofstream file(path);
+  file << json;
+  file.close();
+  if (!file) return absl::UnavailableError(absl::StrCat("--json: cannot write ", path));
+  return absl::OkStatus();
+}
+
+int Main(int argc, char** argv) {
+  const std::vector<std::string> args(argv + 1, argv + argc);
+  if (std::find(args.begin(), args.end(), "--help") != args.end()) {
+    std::fputs(BenchHelp().c_str(), stdout);
+    return 0;
+  }
+  const absl::StatusOr<BenchOptions> options = ParseBenchOptions(args);
+  if (!options.ok()) {
+    std::fprintf(stderr, "resa_bench: %s (--help lists all flags)\n",
+                 std::string(options.status().message()).c_str());
+    return 2;
+  }
+  const absl::StatusOr<BenchReport> report = RunBench(*options);
+  if (!report.ok()) {
+    std::fprintf(stderr, "resa_bench: %s\n", std::string(report.status().message()).c_str());
+    return 1;
+  }
+  if (options->json != "-") std::fputs(TextOf(*report).c_str(), stdout);
+  if (options->json.empty()) return 0;
+  const absl::Status written = WriteJson(*report, options->json);
+  if (!written.ok()) {
+    std::fprintf(stderr, "resa_bench: %s\n", std::string(written.message()).c_str());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace resa::bench
+
+int main(int argc, char** argv) { return resa::bench::Main(argc, argv); }

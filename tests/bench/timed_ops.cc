@@ -1,0 +1,111 @@
+#include "tests/bench/timed_ops.h"
+
+#include <chrono>
+
+#include "kernels/check.h"
+
+namespace resa::bench {
+
+using kernels::Roofline;
+using kernels::RooflineOf;
+
+const char* NameOf(Stage stage) {
+  static constexpr std::array<const char*, kNumStages> kNames = {
+      "embed",   "qkv",  "qkv_post", "select",    "attend sparse", "attend dense", "output",
+      "gate_up", "down", "linear",   "pointwise", "logits",        "sample",       "copy_pages"};
+  return kNames[static_cast<size_t>(stage)];
+}
+
+StageTotals& StageTotals::operator+=(const StageTotals& other) {
+  calls += other.calls;
+  seconds += other.seconds;
+  bytes += other.bytes;
+  flops += other.flops;
+  seconds_at_ceiling += other.seconds_at_ceiling;
+  return *this;
+}
+
+TimedOps::TimedOps(kernels::Ops* inner, const kernels::Ceilings& ceilings, bool runs_ahead)
+    : inner_(*inner), ceilings_(ceilings), fence_(runs_ahead ? inner->Allocate(1) : nullptr) {}
+
+Stages TimedOps::Take() {
+  const Stages taken = stages_;
+  stages_ = {};
+  return taken;
+}
+
+const std::byte* TimedOps::ImportWeights(const std::byte* host, size_t bytes) {
+  const std::byte* const imported = inner_.ImportWeights(host, bytes);
+  const auto label = stage_of_host_.find(host);
+  if (label != stage_of_host_.end()) stage_of_weight_[imported] = label->second;
+  return imported;
+}
+
+double TimedOps::Timed(const auto& run) {
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  if (fence_ != nullptr) {
+    std::byte ignored;
+    inner_.Download(&ignored, fence_->data(), 1);  // Waits for everything before it.
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void TimedOps::Add(Stage stage, double seconds, const Roofline& roofline) {
+  stages_[static_cast<size_t>(stage)] +=
+      StageTotals{.calls = 1,
+                  .seconds = seconds,
+                  .bytes = roofline.bytes,
+                  .flops = roofline.flops,
+                  .seconds_at_ceiling = roofline.Seconds(ceilings_)};
+}
+
+template <class Run>
+void TimedOps::Book(Stage stage, const Roofline& roofline, const Run& run) {
+  Add(stage, Timed(run), roofline);
+}
+
+void TimedOps::DoEmbed(const kernels::EmbedParams& p) {
+  Book(Stage::kEmbed, RooflineOf(p), [&] { inner_.Embed(p); });
+}
+void TimedOps::DoRmsNorm(const kernels::RmsNormParams& p) {
+  Book(Stage::kPointwise, RooflineOf(p), [&] { inner_.RmsNorm(p); });
+}
+void TimedOps::DoLinear(const kernels::LinearParams& p) {
+  const auto label = stage_of_weight_.find(p.weight.data);
+  const Stage stage = label == stage_of_weight_.end() ? Stage::kLinear : label->second;
+  Book(stage, RooflineOf(p), [&] { inner_.Linear(p); });
+}
+void TimedOps::DoRopeTable(const kernels::RopeTableParams& p) {
+  Book(Stage::kEmbed, RooflineOf(p), [&] { inner_.RopeTable(p); });
+}
+void TimedOps::DoQkvPost(const kernels::QkvPostParams& p) {
+  Book(Stage::kQkvPost, RooflineOf(p), [&] { inner_.QkvPost(p); });
+}
+void TimedOps::DoSelect(const kernels::SelectParams& p) {
+  const int64_t before = inner_.counters().descriptor_bytes;
+  const double seconds = Timed([&] { inner_.Select(p); });
+  Roofline roofline = RooflineOf(p);
+  roofline.bytes = static_cast<double>(inner_.counters().descriptor_bytes - before);
+  Add(Stage::kSelect, seconds, roofline);
+}
+void TimedOps::DoSparseAttend(const kernels::SparseAttendParams& p) {
+  Book(Stage::kSparseAttend, RooflineOf(p), [&] { inner_.SparseAttend(p); });
+}
+void TimedOps::DoChunkAttend(const kernels::ChunkAttendParams& p) {
+  Book(Stage::kChunkAttend, RooflineOf(p), [&] { inner_.ChunkAttend(p); });
+}
+void TimedOps::DoSiluMul(const kernels::SiluMulParams& p) {
+  Book(Stage::kPointwise, RooflineOf(p), [&] { inner_.SiluMul(p); });
+}
+void TimedOps::DoGatherRows(const kernels::GatherRowsParams& p) {
+  Book(Stage::kPointwise, RooflineOf(p), [&] { inner_.GatherRows(p); });
+}
+void TimedOps::DoCopyPages(const kernels::CopyPagesParams& p) {
+  Book(Stage::kCopyPages, RooflineOf(p), [&] { inner_.CopyPages(p); });
+}
+void TimedOps::DoSample(const kernels::SampleParams& p) {
+  Book(Stage::kSample, RooflineOf(p), [&] { inner_.Sample(p); });
+}
+
+}  // namespace resa::bench

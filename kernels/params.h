@@ -32,11 +32,10 @@ enum class SelectorKind : uint8_t {
 struct SelectorSpec {
   SelectorKind kind = SelectorKind::kSketch;
   int block_tokens = 8;  // minmax: 16; sketch: 4, 8 or 16.
-  int planes = 2;        // sketch: 1 to 3 bits per component; minmax: 0.
-  // sketch, progressive reading: the share of all blocks that are scored again with planes 1+2,
-  // and with planes 1+2+3, best first. In (0, 1], second <= first; never below the row's budget.
-  // 1.0 reads every block with that plane. In every ranking, the last included, a block counts with
-  // the finest score it has.
+  int planes = 3;        // sketch: 1 to 3 bits per component; minmax: 0.
+  // sketch, progressive reading: the share of all blocks that survive to be scored with planes 1+2,
+  // and of those that survive again, with planes 1+2+3. In (0, 1], second <= first; never below the
+  // row's budget. 1.0 reads every block with that plane.
   std::array<float, 2> refine_share = {1.0f, 1.0f};
 
   friend bool operator==(const SelectorSpec&, const SelectorSpec&) = default;
@@ -44,8 +43,10 @@ struct SelectorSpec {
 
 // Bytes of descriptors per (page, KV head).
 //   minmax: bf16 kmin[d], then bf16 kmax[d]                            (one block of 16 per page)
-//   sketch: plane p (sign plane first), token t of the page, component j: bit (j % 8) of byte
-//           [p][t][j / 8]; after the planes, bf16 scale[16], the scale of the finest level.
+//   sketch: u32 words[planes][d / 32][16]: plane p (sign plane first), component j, token t of the
+//           page is bit (j % 32) of words[p][j / 32][t]; after the planes, bf16 scale[16], the
+//           scale of the finest level. So a vector of words holds the same components of several
+//           tokens.
 constexpr size_t DescriptorBytes(const SelectorSpec& spec, int head_dim) {
   if (spec.kind == SelectorKind::kMinMax) return static_cast<size_t>(head_dim) * 2 * 2;
   return static_cast<size_t>(kPageTokens) * (static_cast<size_t>(head_dim) / 8 * spec.planes + 2);
@@ -192,7 +193,10 @@ struct QkvPostParams {
 //   (kernels/sketch.h has the constants). The query is rounded to s8 per head, the dot product with
 //   the codes is in integers. Estimated logit of a token with p planes:
 //   e = q_scale * token_scale_p * d^-1/2 * sum_j q8_j level_j;  score of a block: for each head the
-//   softmax of e over all tokens of the row, summed over the block, then summed over the heads.
+//   softmax of e over the tokens of the blocks that were scored, summed over the block, then summed
+//   over the heads. Read progressively, each pass scores the survivors of the one before with one
+//   plane more, and only they take part in its softmax and its ranking; the sink and the local
+//   blocks always survive.
 struct SelectParams {
   Matrix q;  // [T, Hq * d] after QkvPost
   int num_heads = 0;

@@ -69,8 +69,13 @@ inline int64_t SketchRefineCount(float share, int64_t num_blocks, int64_t keep_b
   return least < num_blocks ? least : num_blocks;
 }
 
-// The query's int8 scale: q8 = round(q / scale), ties to even, scale = max |q| / 127.
-inline constexpr float kSketchQueryLevels = 127.0f;
+// The rotated query as s8: q8 = round(q / scale), ties to even, with the largest sum of magnitudes
+// of eight consecutive components (those of a byte of a plane) for the scale:
+//   scale = max over i of (sum of |q_j|, 8 i <= j < 8 i + 8) / 123.
+// Rounding adds at most a half to each, so that eight components always sum to 127 at the most, in
+// whatever signs: a partial sum fits 8 bits, and a whole dot product with levels up to 7 fits 16.
+// For Gaussian components the step is 0.07 rms, as fine as that of 127 levels up to max |q|.
+inline constexpr float kSketchQueryRange = 123.0f;
 
 }  // namespace resa::kernels
 

@@ -227,7 +227,7 @@ absl::StatusOr<kernels::SelectorSpec> ResolveSelector(const ServerConfig& settin
   if (spec.block_tokens != 4 && spec.block_tokens != 8 && spec.block_tokens != 16) {
     return Invalid("--block-tokens: ", spec.block_tokens, " is not 4, 8 or 16");
   }
-  spec.planes = settings.has_planes() ? settings.planes() : 3;
+  spec.planes = settings.has_planes() ? settings.planes() : kernels::SelectorSpec().planes;
   if (spec.planes < 1 || spec.planes > 3) {
     return Invalid("--planes: ", spec.planes, " is not from 1 to 3");
   }

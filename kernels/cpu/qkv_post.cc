@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/targets.h"
@@ -121,17 +122,22 @@ void BuildSketch(const T* key, size_t t, int planes, std::byte* descriptor) {
   }
   const float scale = SketchScale(x_dot_x, Sum1(products));
 
-  auto* const bytes = reinterpret_cast<uint8_t*>(descriptor);
+  constexpr size_t kWords = kDim / 32;
+  auto* const words = reinterpret_cast<uint32_t*>(descriptor);
   const hn::CappedTag<uint8_t, kDim> d8;
   for (int plane = 0; plane < planes; ++plane) {
     const auto bit = hn::Set(d8, static_cast<uint8_t>(4 >> plane));
-    uint8_t* const to = bytes + (static_cast<size_t>(plane) * kPageTokens + t) * (kDim / 8);
+    uint8_t bits[kDim / 8];
     for (size_t j = 0; j < kDim; j += hn::Lanes(d8)) {
-      hn::StoreMaskBits(d8, hn::TestBit(hn::Load(d8, codes + j), bit), to + j / 8);
+      hn::StoreMaskBits(d8, hn::TestBit(hn::Load(d8, codes + j), bit), bits + j / 8);
+    }
+    for (size_t w = 0; w < kWords; ++w) {
+      uint32_t* const to = words + (static_cast<size_t>(plane) * kWords + w) * kPageTokens + t;
+      std::memcpy(to, bits + 4 * w, sizeof(*to));
     }
   }
   auto* const scales =
-      reinterpret_cast<bf16*>(bytes + static_cast<size_t>(planes) * kPageTokens * (kDim / 8));
+      reinterpret_cast<bf16*>(words + static_cast<size_t>(planes) * kWords * kPageTokens);
   scales[t] = RoundToBf16(scale);
 }
 

@@ -19,7 +19,6 @@ struct SelectUnit {
   const int32_t* table;  // Pages of the sequence
   int32_t* ids;          // [keep_blocks] out
   size_t first_task;     // Of a loop that cuts units in ranges
-  size_t plane_reads;    // Blocks times planes that the next pass reads for the first time
   size_t memory;         // Where the unit's floats begin in the selector's scratch
 };
 

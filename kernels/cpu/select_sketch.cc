@@ -1,18 +1,17 @@
 // The sketch selector: an estimated logit for every token from its few-bit code, a block's score
 // the approximate attention mass that the estimates give it (params.h). The arithmetic is in
-// sketch_score-inl.h; here is what is scored when, and how blocks are ranked.
-//
-// For each head and block only (m, s) is kept, s = sum of exp(estimate - m) over the block's
-// tokens, m the maximum over the sixteen tokens it was scored with. Ranking then takes the maximum
-// of m over the row, the sum over the row, and adds up the heads' shares.
+// sketch_score-inl.h and sketch_mass-inl.h; here is what is scored when.
 //
 // Progressive reading starts with the fewest planes that spec.refine_share allows, ranks, scores
-// the best share again with one plane more, and so on. In every ranking, the last included, a
-// block counts with the finest score it has.
+// the survivors again with one plane more, and so on. The first pass reads pages where they lie; a
+// later one copies its survivors, which are blocks from anywhere, together into pages. Its masses
+// are in the order of the survivors, and take the place of those of the pass before.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
+#define HWY_WANT_AVX3_DL  // For the four-way multiply-add of VNNI.
 #include "kernels/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -22,6 +21,7 @@
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/select_plan.h"
 #include "kernels/cpu/simd-inl.h"
+#include "kernels/cpu/sketch_mass-inl.h"
 #include "kernels/cpu/sketch_score-inl.h"
 #include "kernels/cpu/topk-inl.h"
 
@@ -29,44 +29,32 @@ HWY_BEFORE_NAMESPACE();
 namespace resa::kernels::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kGroupsPerTask = 128;  // Of those, a task scores this many.
-
-// scores[i] = sum over heads of the share of the head's mass in block i; `mass` is scratch.
-void RankBlocks(const Masses& masses, size_t heads, size_t blocks, float* mass, float* scores) {
-  const DF d;
-  std::fill_n(scores, PadTopK(blocks), 0.0f);
-  for (size_t g = 0; g < heads; ++g) {
-    const float* const m = masses.m + g * masses.stride;
-    const float* const s = masses.s + g * masses.stride;
-    VF top = hn::Set(d, kNoScore);
-    for (size_t i = 0; i < blocks; i += kLanes) top = hn::Max(top, hn::Load(d, m + i));
-    const VF shift = hn::Set(d, Max1(top));
-    VF sum = hn::Zero(d);
-    for (size_t i = 0; i < blocks; i += kLanes) {
-      const VF part = hn::Mul(hn::Load(d, s + i), Exp(hn::Sub(hn::Load(d, m + i), shift)));
-      hn::Store(part, d, mass + i);
-      sum = hn::Add(sum, part);
-    }
-    const VF share = hn::Set(d, 1.0f / Sum1(sum));
-    for (size_t i = 0; i < blocks; i += kLanes) {
-      const VF so_far = hn::Load(d, scores + i);
-      hn::Store(hn::MulAdd(hn::Load(d, mass + i), share, so_far), d, scores + i);
-    }
-  }
-}
+constexpr size_t kChunksPerTask = 4;
+constexpr size_t kPagesAhead = 4;  // Asked for before they are read: pages lie anywhere.
 
 // Everything a unit needs between loops, at unit.memory of the selector's scratch.
 struct UnitMemory {
-  Masses masses;       // [group][padded] each
-  int32_t* survivors;  // [padded]: the blocks to score again, ascending
-  int32_t* previous;   // [padded]: those of the pass before
+  Masses masses;
+  int32_t* survivors;  // The blocks of the pass, ascending; all are scored in the first one.
 };
-size_t UnitFloats(size_t blocks, size_t group) { return PadTopK(blocks) * 2 * (group + 1); }
-UnitMemory MemoryOf(float* memory, const SelectUnit& unit, size_t group) {
-  const size_t stride = PadTopK(unit.blocks);
-  float* const begin = memory + unit.memory;
-  auto* const lists = reinterpret_cast<int32_t*>(begin + 2 * group * stride);
-  return UnitMemory{Masses{begin, begin + group * stride, stride}, lists, lists + stride};
+
+size_t ChunksOf(size_t blocks, size_t block_tokens) {
+  return (blocks * block_tokens + kChunkTokens - 1) / kChunkTokens;
+}
+size_t UnitFloats(size_t blocks, size_t block_tokens, size_t group) {
+  const size_t chunks = ChunksOf(blocks, block_tokens);
+  const size_t stride = chunks * (kChunkTokens / block_tokens);
+  return group * (stride + 2 * PadTopK(chunks)) + PadTopK(blocks);
+}
+UnitMemory MemoryOf(float* memory, const SelectUnit& unit, size_t block_tokens, size_t group) {
+  const size_t chunks = ChunksOf(unit.blocks, block_tokens);
+  const size_t stride = chunks * (kChunkTokens / block_tokens);
+  const size_t chunk_stride = PadTopK(chunks);
+  float* const of_block = memory + unit.memory;
+  float* const chunk_top = of_block + group * stride;
+  float* const chunk_sum = chunk_top + group * chunk_stride;
+  return {.masses = {of_block, chunk_top, chunk_sum, stride, chunk_stride},
+          .survivors = reinterpret_cast<int32_t*>(chunk_sum + group * chunk_stride)};
 }
 
 size_t RefineCount(const SelectorSpec& spec, const SelectUnit& unit, int planes) {
@@ -89,8 +77,11 @@ class SketchSelect {
       : context_(context),
         p_(p),
         spec_(p.layout.selector),
+        block_(static_cast<size_t>(p.layout.selector.block_tokens)),
         d_(static_cast<size_t>(p.layout.head_dim)),
         group_(static_cast<size_t>(p.num_heads / p.layout.num_kv_heads)),
+        plane_words_(d_ / 32 * kPageTokens),
+        scales_at_(static_cast<size_t>(p.layout.selector.planes) * plane_words_),
         counters_(counters) {}
 
   void Run() {
@@ -103,7 +94,10 @@ class SketchSelect {
   }
 
  private:
-  size_t BlocksPerGroup() const { return kGroupTokens / static_cast<size_t>(spec_.block_tokens); }
+  static constexpr size_t kPairsPerChunk = kChunkTokens / kPairTokens;
+  // Words of a page's descriptor at the most.
+  static constexpr size_t kMaxPageWords =
+      kPageTokens * (kMaxHeadDim / 32 * kSketchMaxPlanes) + kPageTokens / 2;
 
   void MakeUnits() {
     const auto heads = static_cast<size_t>(p_.layout.num_kv_heads);
@@ -116,26 +110,13 @@ class SketchSelect {
         SelectUnit unit = MakeSelectUnit(p_, p_.rows[i], head);
         if (KeepWithoutScores(unit)) continue;
         unit.memory = floats;
-        floats += UnitFloats(unit.blocks, group_);
+        floats += UnitFloats(unit.blocks, block_, group_);
+        first_planes_ = std::min(first_planes_, FirstPlanes(spec_, unit));
         units_[num_units_++] = unit;
       }
     }
     context_.partials.Reset(Scratch::BytesFor<float>(floats));
     memory_ = context_.partials.Take<float>(floats);
-    for (size_t u = 0; u < num_units_; ++u) {
-      first_planes_ = std::min(first_planes_, FirstPlanes(spec_, units_[u]));
-      ClearPadding(units_[u]);
-    }
-  }
-
-  // The entries past the last block weigh nothing.
-  void ClearPadding(const SelectUnit& unit) const {
-    const Masses masses = MemoryOf(memory_, unit, group_).masses;
-    for (size_t g = 0; g < group_; ++g) {
-      const size_t end = (g + 1) * masses.stride;
-      std::fill(masses.m + g * masses.stride + unit.blocks, masses.m + end, kNoScore);
-      std::fill(masses.s + g * masses.stride + unit.blocks, masses.s + end, 0.0f);
-    }
   }
 
   // The blocks of a unit that are scored with `planes`: all, the survivors, or none.
@@ -145,107 +126,155 @@ class SketchSelect {
   }
 
   void ScoreUnits(int planes) {
-    const size_t per_task = kGroupsPerTask * BlocksPerGroup();
     size_t tasks = 0;
     for (size_t u = 0; u < num_units_; ++u) {
       SelectUnit& unit = units_[u];
       unit.first_task = tasks;
       const size_t blocks = BlocksToScore(unit, planes);
-      tasks += (blocks + per_task - 1) / per_task;
-      if (blocks == 0) continue;
-      // The first pass reads its planes and the scales of every block, a later one new planes only.
+      tasks += (ChunksOf(blocks, block_) + kChunksPerTask - 1) / kChunksPerTask;
+      // The first pass reads its planes and the scales of every block, a later one a new plane.
       const bool first = planes == FirstPlanes(spec_, unit);
-      const size_t reads = first ? blocks * static_cast<size_t>(planes) : unit.plane_reads;
+      const size_t reads = first ? blocks * static_cast<size_t>(planes) : blocks;
       const size_t scales = first ? blocks : 0;
       counters_->blocks_scored += static_cast<int64_t>(reads);
-      counters_->descriptor_bytes += static_cast<int64_t>(static_cast<size_t>(spec_.block_tokens) *
-                                                          (reads * d_ / 8 + scales * sizeof(bf16)));
+      counters_->descriptor_bytes +=
+          static_cast<int64_t>(block_ * (reads * d_ / 8 + scales * sizeof(bf16)));
     }
     context_.pool.For(static_cast<int64_t>(tasks), [&](int64_t task, int) {
       const SelectUnit& unit = UnitOfTask(units_, num_units_, static_cast<size_t>(task));
-      const size_t begin = (static_cast<size_t>(task) - unit.first_task) * per_task;
-      const size_t end = std::min(BlocksToScore(unit, planes), begin + per_task);
-      const bool all = planes == FirstPlanes(spec_, unit);
+      const size_t chunk = (static_cast<size_t>(task) - unit.first_task) * kChunksPerTask;
       switch (planes) {
         case 1:
-          return ScoreRange<1>(unit, begin, end, all);
+          return ScoreChunks<1>(unit, chunk);
         case 2:
-          return ScoreRange<2>(unit, begin, end, all);
+          return ScoreChunks<2>(unit, chunk);
         default:
-          return ScoreRange<3>(unit, begin, end, all);
+          return ScoreChunks<3>(unit, chunk);
       }
     });
   }
 
-  // Scores the blocks [begin, end) of the unit, or of its survivors.
+  // Scores the chunks [begin, begin + kChunksPerTask) of the unit's blocks, or of its survivors.
   template <int kPlanes>
-  void ScoreRange(const SelectUnit& unit, size_t begin, size_t end, bool all) const {
-    const UnitMemory memory = MemoryOf(memory_, unit, group_);
+  void ScoreChunks(const SelectUnit& unit, size_t begin) const {
+    const UnitMemory memory = MemoryOf(memory_, unit, block_, group_);
+    const int32_t* const survivors =
+        kPlanes == FirstPlanes(spec_, unit) ? nullptr : memory.survivors;
+    const size_t tokens = TokensToScore(unit, kPlanes, survivors);
+    const size_t end = std::min(begin + kChunksPerTask, (tokens + kChunkTokens - 1) / kChunkTokens);
     SketchQuery query;
-    const float* const q = QueriesOf(p_, unit);
-    if (d_ == 64) {
-      PrepareQuery<64>(q, group_, &query);
-    } else {
-      PrepareQuery<128>(q, group_, &query);
-    }
-    TokenGroup tokens;
-    for (size_t i = begin; i < end; i += BlocksPerGroup()) {
-      size_t ids[4];
-      const size_t count = std::min(BlocksPerGroup(), end - i);
-      for (size_t b = 0; b < count; ++b) {
-        ids[b] = all ? i + b : static_cast<size_t>(memory.survivors[i + b]);
-        PlaceBlock(p_, unit, ids[b], b * static_cast<size_t>(spec_.block_tokens), &tokens);
+    PrepareQuery(QueriesOf(p_, unit), group_, d_, &query);
+    const float ratio = SketchScaleRatio(spec_.planes, kPlanes);
+    HWY_ALIGN uint32_t codes[kMaxQuads * kPairTokens];
+    HWY_ALIGN uint32_t gathered[2][kMaxPageWords];
+    ChunkEstimates estimates;
+    for (size_t chunk = begin; chunk < end; ++chunk) {
+      for (size_t g = 0; g < group_; ++g) std::fill_n(estimates.top[g], kLanes, kNoEstimate);
+      const size_t first = chunk * kChunkTokens;
+      const size_t count = std::min(kChunkTokens, tokens - first);
+      size_t at = 0;
+      for (; at < count; at += kPairTokens) {
+        PagePair pair = {{gathered[0], gathered[1]}, std::min(kPairTokens, count - at)};
+        if (survivors == nullptr) {
+          PointToPages(unit, (first + at) / kPageTokens, &pair);
+        } else {
+          GatherBlocks(unit, survivors + (first + at) / block_, kPlanes, pair.tokens, gathered);
+        }
+        UnpackPair<kPlanes>(pair, d_, codes);
+        TokenFactors factors;
+        ReadScales(pair, scales_at_, &factors);
+        EstimatePair<kPlanes>(codes, d_, group_, query, factors, ratio, at, &estimates);
       }
-      PadGroup(count * static_cast<size_t>(spec_.block_tokens), &tokens);
-      ScoreGroup<kPlanes>(spec_, d_, group_, query, tokens, ids, count, memory.masses);
+      MassOfChunk(estimates, group_, at, chunk, block_, memory.masses);
+    }
+  }
+
+  // The tokens of a pass in a row: all, or those of the survivors, of which only the row's last
+  // block, which comes last, may be short.
+  size_t TokensToScore(const SelectUnit& unit, int planes, const int32_t* survivors) const {
+    if (survivors == nullptr) return unit.kv_len;
+    const size_t count = RefineCount(spec_, unit, planes);
+    const bool has_last = static_cast<size_t>(survivors[count - 1]) == unit.blocks - 1;
+    return count * block_ - (has_last ? unit.blocks * block_ - unit.kv_len : 0);
+  }
+
+  const uint32_t* PageWords(const SelectUnit& unit, size_t page) const {
+    return reinterpret_cast<const uint32_t*>(DescriptorOf(p_, unit, page));
+  }
+
+  // The pages `page` and `page` + 1; when the latter does not exist none of its tokens count.
+  void PointToPages(const SelectUnit& unit, size_t page, PagePair* pair) const {
+    const size_t last = (unit.kv_len - 1) / kPageTokens;
+    for (size_t i = 0; i < 2; ++i) {
+      pair->words[i] = PageWords(unit, std::min(page + i, last));
+      Prefetch(PageWords(unit, std::min(page + i + kPagesAhead, last)));
+    }
+  }
+  void Prefetch(const uint32_t* words) const {
+    const auto* const bytes = reinterpret_cast<const std::byte*>(words);
+    for (size_t at = 0; at < p_.layout.DescriptorRunBytes(); at += 64) {
+      __builtin_prefetch(bytes + at);
+    }
+  }
+
+  // Copies the listed blocks, `tokens` tokens, one after the other into two pages.
+  void GatherBlocks(const SelectUnit& unit, const int32_t* ids, int planes, size_t tokens,
+                    uint32_t (&to)[2][kMaxPageWords]) const {
+    const size_t rows = static_cast<size_t>(planes) * (d_ / 32);
+    for (size_t t = 0; t < tokens; t += block_) {
+      const size_t begin = static_cast<size_t>(ids[t / block_]) * block_;
+      const uint32_t* const from = PageWords(unit, begin / kPageTokens);
+      uint32_t* const page = to[t / kPageTokens];
+      const size_t from_slot = begin % kPageTokens, slot = t % kPageTokens;
+      for (size_t row = 0; row < rows; ++row) {
+        std::memcpy(page + row * kPageTokens + slot, from + row * kPageTokens + from_slot,
+                    block_ * sizeof(uint32_t));
+      }
+      const auto* const from_scales = reinterpret_cast<const bf16*>(from + scales_at_);
+      auto* const scales = reinterpret_cast<bf16*>(page + scales_at_);
+      std::memcpy(scales + slot, from_scales + from_slot, block_ * sizeof(bf16));
     }
   }
 
   // After the pass with `planes`: the survivors of the next pass, or the ids that are kept.
   void RankUnits(int planes) {
     context_.pool.For(static_cast<int64_t>(num_units_), [&](int64_t task, int thread) {
-      SelectUnit& unit = units_[task];
+      const SelectUnit& unit = units_[task];
       if (planes >= FirstPlanes(spec_, unit)) {
         RankUnit(unit, planes, &context_.of_thread[static_cast<size_t>(thread)]);
       }
     });
   }
 
-  void RankUnit(SelectUnit& unit, int planes, Scratch* scratch) const {
-    const size_t room = PadTopK(unit.blocks) + kTopKPadding;
-    scratch->Reset(2 * Scratch::BytesFor<float>(room) + 2 * Scratch::BytesFor<uint32_t>(room));
+  void RankUnit(const SelectUnit& unit, int planes, Scratch* scratch) const {
+    const size_t blocks = BlocksToScore(unit, planes);
+    const size_t room = PadTopK(blocks) + kTopKPadding;
+    scratch->Reset(Scratch::BytesFor<float>(room) + 2 * Scratch::BytesFor<uint32_t>(room));
     float* const scores = scratch->Take<float>(room);
-    float* const mass = scratch->Take<float>(room);
     uint32_t* const keys = scratch->Take<uint32_t>(room);
     uint32_t* const live = scratch->Take<uint32_t>(room);
-    const UnitMemory memory = MemoryOf(memory_, unit, group_);
-    RankBlocks(memory.masses, group_, unit.blocks, mass, scores);
-    if (planes == spec_.planes) {
-      KeepBlocks(scores, unit.blocks, static_cast<size_t>(unit.row->keep_blocks),
-                 static_cast<size_t>(unit.row->sink_blocks),
-                 static_cast<size_t>(unit.row->local_blocks), keys, live, unit.ids);
-      return;
-    }
-    const size_t count = RefineCount(spec_, unit, planes + 1);
-    const size_t known = planes == FirstPlanes(spec_, unit) ? 0 : RefineCount(spec_, unit, planes);
-    std::copy_n(memory.survivors, known, memory.previous);
-    KeepBlocks(scores, unit.blocks, count, 0, 0, keys, live, memory.survivors);
-    // One new plane each, and the one before too where the pass before left a block out.
-    unit.plane_reads = count;
-    if (known > 0) {
-      size_t at = 0;
-      for (size_t i = 0; i < count; ++i) {
-        while (at < known && memory.previous[at] < memory.survivors[i]) ++at;
-        if (at == known || memory.previous[at] != memory.survivors[i]) ++unit.plane_reads;
-      }
-    }
+    const UnitMemory memory = MemoryOf(memory_, unit, block_, group_);
+    ScoresOfMasses(memory.masses, group_, blocks, block_, scores);
+    const bool last = planes == spec_.planes;
+    const size_t count =
+        last ? static_cast<size_t>(unit.row->keep_blocks) : RefineCount(spec_, unit, planes + 1);
+    // Sink and local blocks survive each pass, so they are the first and the last of its list.
+    auto* const ranks = last ? unit.ids : reinterpret_cast<int32_t*>(scores);
+    KeepBlocks(scores, blocks, count, static_cast<size_t>(unit.row->sink_blocks),
+               static_cast<size_t>(unit.row->local_blocks), keys, live, ranks);
+    const bool whole = planes == FirstPlanes(spec_, unit);
+    int32_t* const ids = last ? unit.ids : memory.survivors;
+    for (size_t i = 0; i < count; ++i) ids[i] = whole ? ranks[i] : memory.survivors[ranks[i]];
   }
 
   Context& context_;
   const SelectParams& p_;
   const SelectorSpec& spec_;
+  const size_t block_;
   const size_t d_;
   const size_t group_;
+  const size_t plane_words_;  // Of a page
+  const size_t scales_at_;    // Words before the scales
   OpCounters* const counters_;
   SelectUnit* units_ = nullptr;
   size_t num_units_ = 0;

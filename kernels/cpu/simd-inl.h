@@ -83,16 +83,21 @@ HWY_INLINE VF Exp(VF x) {
 }
 HWY_INLINE float Exp1(float x) { return hn::GetLane(Exp(hn::Set(DF(), x))); }
 
-// The sums of four vectors' lanes, as four lanes. The order of additions is fixed by kLanes.
-HWY_INLINE hn::Vec<D4> Sum4(VF a, VF b, VF c, VF e) {
+// In each 128-bit block of the result, the sums of that block of the four vectors, as four lanes.
+HWY_INLINE VF SumBlocksOf4(VF a, VF b, VF c, VF e) {
   const DF d;
   const hn::RepartitionToWide<DF> d2;
   const VF ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
   const VF ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
   const auto ab2 = hn::BitCast(d2, ab);
   const auto ce2 = hn::BitCast(d2, ce);
-  const VF sums = hn::Add(hn::BitCast(d, hn::InterleaveLower(d2, ab2, ce2)),
-                          hn::BitCast(d, hn::InterleaveUpper(d2, ab2, ce2)));
+  return hn::Add(hn::BitCast(d, hn::InterleaveLower(d2, ab2, ce2)),
+                 hn::BitCast(d, hn::InterleaveUpper(d2, ab2, ce2)));
+}
+
+// The sums of four vectors' lanes, as four lanes. The order of additions is fixed by kLanes.
+HWY_INLINE hn::Vec<D4> Sum4(VF a, VF b, VF c, VF e) {
+  const VF sums = SumBlocksOf4(a, b, c, e);
 #if HWY_MAX_BYTES == 64
   const hn::Half<DF> dh;
   const auto half = hn::Add(hn::LowerHalf(dh, sums), hn::UpperHalf(dh, sums));

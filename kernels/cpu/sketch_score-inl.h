@@ -1,10 +1,13 @@
-// Scores sixteen tokens' sketches for all heads of a group. Compiled once per instruction set.
+// Estimates the logits of tokens from their sketches, 32 tokens (two pages) at a time for all heads
+// of a group. Compiled once per instruction set.
 //
-// Sixteen tokens are scored at a time, one per 32-bit lane. A plane's bits of 32 components lie in
-// one word per token; (word >> i) & 0x01010101 spreads bit i of its four bytes over the lane's four
-// bytes, so shifts and masks build u8 codes of components {i, 8 + i, 16 + i, 24 + i}, and a
-// multiply of u8 codes with the s8 query in the same order adds them up. The codes are made once
-// for all heads of the group.
+// A vector holds the same 32 components' bits of kLanes tokens, one word each. Shifts and masks
+// turn the words of all planes into u8 codes: bit i of a word's four bytes becomes the quad of
+// codes of components {i, 8 + i, 16 + i, 24 + i}, which one multiply-add with the s8 query in the
+// same order adds up. Codes are stored doubled, 2 code, so that
+//   sum_j q_j level_j = sum_j q_j 2 code_j - (2^p - 1) sum_j q_j
+// starts from a constant and needs no further step. They are made once for all heads, and one load
+// of a quad serves all of them.
 
 #if defined(RESA_KERNELS_CPU_SKETCH_SCORE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef RESA_KERNELS_CPU_SKETCH_SCORE_INL_H_
@@ -18,283 +21,337 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/select_plan.h"
 #include "kernels/cpu/simd-inl.h"
 #include "kernels/cpu/sketch_rotate-inl.h"
+#include "kernels/params.h"
 #include "kernels/sketch.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace resa::kernels::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kGroupTokens = 16;  // Tokens scored at a time.
+constexpr size_t kPairTokens = 2 * kPageTokens;  // Tokens scored at a time.
+constexpr size_t kPageVectors = kPageTokens / kLanes;
+constexpr size_t kPairVectors = kPairTokens / kLanes;
 constexpr size_t kMaxQuads = kMaxHeadDim / 4;
-constexpr size_t kVectors = kGroupTokens / kLanes;  // Of one 32-bit value per token: 1, 2 or 4.
-constexpr float kNoScore = -1e30f;  // Stands for -infinity where differences are taken.
+constexpr float kNoEstimate = -1e30f;  // Of a token that does not count; weighs nothing.
+// Queries and scales past this count as not finite, so that no product of theirs overflows.
+constexpr float kLargestFactor = 1e16f;
 
-// A unit's queries: rotated, rounded to s8 and laid out as the codes are.
-struct SketchQuery {
-  int32_t quads[kMaxGroup][kMaxQuads];  // Four s8 each.
-  int32_t sum[kMaxGroup];               // Of a head's s8 values
-  float scale[kMaxGroup];               // s8 step times d^-1/2
-};
-
-template <size_t kDim>
-void PrepareQuery(const float* q, size_t group, SketchQuery* out) {
-  const DF d;
-  const DI32 di;
-  for (size_t g = 0; g < group; ++g) {
-    VF x[kDim / kLanes];
-    Rotate<kDim>(q + g * kDim, x);
-    VF top = hn::Zero(d), total = hn::Zero(d);
-    for (const VF& v : x) {
-      top = hn::Max(top, hn::Abs(v));
-      total = hn::Add(total, hn::Abs(v));
-    }
-    // The maximum may pass over a NaN, the sum does not: no estimate is a number then.
-    const float scale = std::isfinite(Sum1(total)) ? Max1(top) / kSketchQueryLevels
-                                                   : std::numeric_limits<float>::quiet_NaN();
-    const VF inverse = hn::Set(d, scale > 0 ? 1.0f / scale : 0.0f);
-    HWY_ALIGN int8_t rounded[kDim];
-    auto sum = hn::Zero(di);
-    for (size_t i = 0; i < kDim / kLanes; ++i) {
-      auto value = hn::NearestInt(hn::Mul(x[i], inverse));
-      value = hn::Min(hn::Max(value, hn::Set(di, -127)), hn::Set(di, 127));
-      const hn::Rebind<int8_t, DI32> d8;
-      hn::StoreU(hn::DemoteTo(d8, value), d8, rounded + i * kLanes);
-      sum = hn::Add(sum, value);
-    }
-    for (size_t quad = 0; quad < kDim / 4; ++quad) {
-      int8_t bytes[4];
-      for (size_t b = 0; b < 4; ++b) bytes[b] = rounded[quad / 8 * 32 + b * 8 + quad % 8];
-      std::memcpy(&out->quads[g][quad], bytes, 4);
-    }
-    out->sum[g] = hn::GetLane(hn::SumOfLanes(di, sum));
-    out->scale[g] = scale / std::sqrt(static_cast<float>(kDim));
-  }
-}
-
-// Sixteen tokens, or fewer: whole blocks, from anywhere.
-struct TokenGroup {
-  const uint8_t* token[kGroupTokens];        // Its bits of plane 0.
-  alignas(64) float scale[kGroupTokens];     // As stored.
-  alignas(64) uint32_t valid[kGroupTokens];  // 0 or all ones.
-};
-
-// Places the block `id` at tokens [at, at + block) of the group; tokens past kv_len are not valid.
-void PlaceBlock(const SelectParams& p, const SelectUnit& unit, size_t id, size_t at,
-                TokenGroup* group) {
-  const auto block = static_cast<size_t>(p.layout.selector.block_tokens);
-  const size_t row_bytes = static_cast<size_t>(p.layout.head_dim) / 8;
-  const auto planes = static_cast<size_t>(p.layout.selector.planes);
-  const size_t begin = id * block;
-  const size_t slot = begin % kPageTokens;
-  const auto* const bytes =
-      reinterpret_cast<const uint8_t*>(DescriptorOf(p, unit, begin / kPageTokens));
-  const auto* const scales =
-      reinterpret_cast<const bf16*>(bytes + planes * kPageTokens * row_bytes);
-  for (size_t t = 0; t < block; ++t) {
-    group->token[at + t] = bytes + (slot + t) * row_bytes;
-    group->scale[at + t] = ToFloat(scales[slot + t]);
-    group->valid[at + t] = begin + t < unit.kv_len ? UINT32_MAX : 0;
-  }
-}
-
-// Fills tokens [at, 16) with copies that count for nothing.
-void PadGroup(size_t at, TokenGroup* group) {
-  for (size_t t = at; t < kGroupTokens; ++t) {
-    group->token[t] = group->token[0];
-    group->scale[t] = 0.0f;
-    group->valid[t] = 0;
-  }
-}
-
-HWY_INLINE VU32 LoadWords(const uint8_t* const* token, size_t t, size_t byte) {
-  const hn::CappedTag<uint32_t, 4> d4;
-  const auto part = [&](size_t i) {
-    return hn::LoadU(d4, reinterpret_cast<const uint32_t*>(token[t + 4 * i] + byte));
-  };
-#if HWY_MAX_BYTES == 64
-  const hn::Half<DU32> dh;
-  return hn::Combine(DU32(), hn::Combine(dh, part(3), part(2)), hn::Combine(dh, part(1), part(0)));
-#elif HWY_MAX_BYTES == 32
-  return hn::Combine(DU32(), part(1), part(0));
-#else
-  return part(0);
-#endif
-}
-
-// words[w]: the word w (components 32 w ...) of kLanes tokens from `t` on, one per lane. Reads 16
-// bytes per token; at d = 64 the upper 8 belong to what follows in the descriptor and are not used.
-HWY_INLINE void TransposeWords(const uint8_t* const* token, size_t t, size_t byte,
-                               VU32 (&words)[4]) {
-  const DU32 d32;
-  const hn::RepartitionToWide<DU32> d64;
-  const VU32 a = LoadWords(token, t, byte), b = LoadWords(token, t + 1, byte);
-  const VU32 c = LoadWords(token, t + 2, byte), e = LoadWords(token, t + 3, byte);
-  const auto ab_low = hn::BitCast(d64, hn::InterleaveLower(d32, a, b));
-  const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d32, c, e));
-  const auto ab_high = hn::BitCast(d64, hn::InterleaveUpper(d32, a, b));
-  const auto ce_high = hn::BitCast(d64, hn::InterleaveUpper(d32, c, e));
-  words[0] = hn::BitCast(d32, hn::InterleaveLower(d64, ab_low, ce_low));
-  words[1] = hn::BitCast(d32, hn::InterleaveUpper(d64, ab_low, ce_low));
-  words[2] = hn::BitCast(d32, hn::InterleaveLower(d64, ab_high, ce_high));
-  words[3] = hn::BitCast(d32, hn::InterleaveUpper(d64, ab_high, ce_high));
-}
-
-// Bit `kBit` of each byte of `word`, moved to bit `kTo` of that byte.
-template <int kBit, int kTo>
-HWY_INLINE VU32 MoveBit(VU32 word) {
-  const VU32 mask = hn::Set(DU32(), 0x01010101u << kTo);
-  if constexpr (kBit >= kTo) return hn::And(hn::ShiftRight<kBit - kTo>(word), mask);
-  if constexpr (kBit < kTo) return hn::And(hn::ShiftLeft<kTo - kBit>(word), mask);
-}
-
-template <int kPlanes, int kBit>
-HWY_INLINE VU32 CodesOfBit(const VU32 (&words)[kPlanes][4], size_t w) {
-  VU32 codes = MoveBit<kBit, kPlanes - 1>(words[0][w]);
-  if constexpr (kPlanes > 1) codes = hn::Or(codes, MoveBit<kBit, kPlanes - 2>(words[1][w]));
-  if constexpr (kPlanes > 2) codes = hn::Or(codes, MoveBit<kBit, kPlanes - 3>(words[2][w]));
-  return codes;
-}
-
-// codes[quad][16 tokens], four u8 in a lane.
-template <int kPlanes>
-void UnpackCodes(const TokenGroup& group, size_t d, uint32_t* codes) {
-  const DU32 du;
-  const size_t plane_bytes = kPageTokens * (d / 8);
-  for (size_t v = 0; v < kVectors; ++v) {
-    VU32 words[kPlanes][4];
-    for (size_t plane = 0; plane < kPlanes; ++plane) {
-      TransposeWords(group.token, v * kLanes, plane * plane_bytes, words[plane]);
-    }
-    for (size_t w = 0; w < d / 32; ++w) {
-      uint32_t* const to = codes + w * 8 * kGroupTokens + v * kLanes;
-      hn::Store(CodesOfBit<kPlanes, 0>(words, w), du, to);
-      hn::Store(CodesOfBit<kPlanes, 1>(words, w), du, to + 1 * kGroupTokens);
-      hn::Store(CodesOfBit<kPlanes, 2>(words, w), du, to + 2 * kGroupTokens);
-      hn::Store(CodesOfBit<kPlanes, 3>(words, w), du, to + 3 * kGroupTokens);
-      hn::Store(CodesOfBit<kPlanes, 4>(words, w), du, to + 4 * kGroupTokens);
-      hn::Store(CodesOfBit<kPlanes, 5>(words, w), du, to + 5 * kGroupTokens);
-      hn::Store(CodesOfBit<kPlanes, 6>(words, w), du, to + 6 * kGroupTokens);
-      hn::Store(CodesOfBit<kPlanes, 7>(words, w), du, to + 7 * kGroupTokens);
-    }
-  }
-}
+// ---- the multiply-add of four u8 codes with four s8 queries -------------------------------------
 
 using DI16 = hn::ScalableTag<int16_t>;
 using VI16 = hn::Vec<DI16>;
 using VI32 = hn::Vec<DI32>;
 
-// Sums of adjacent pairs of u8 code times s8 query. |sum| <= 2 * 7 * 128, far from saturation.
-HWY_INLINE VI16 PairProducts(VU32 codes, VI32 query) {
+#if HWY_TARGET == HWY_AVX3_DL  // One instruction adds four products to a 32-bit lane.
+using DotSums = VI32;
+HWY_INLINE DotSums StartDot(int32_t start) { return hn::Set(DI32(), start); }
+HWY_INLINE DotSums AddProducts(DotSums sums, VU32 codes, VI32 query) {
+  // Not by its intrinsic, which Highway 1.0's flags for this target leave out.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums.raw) : "v"(codes.raw), "v"(query.raw));
+  return sums;
+}
+HWY_INLINE VI32 FinishDot(DotSums sums) { return sums; }
+#else  // Two 16-bit sums per lane. They cannot overflow: kernels/sketch.h bounds a whole product.
+using DotSums = VI16;
+HWY_INLINE DotSums StartDot(int32_t start) {  // In one half of the lane.
+  return hn::BitCast(DI16(), hn::Set(DI32(), start & 0xffff));
+}
+HWY_INLINE DotSums AddProducts(DotSums sums, VU32 codes, VI32 query) {
 #if HWY_TARGET == HWY_AVX3
-  return VI16{_mm512_maddubs_epi16(codes.raw, query.raw)};
+  return hn::Add(sums, VI16{_mm512_maddubs_epi16(codes.raw, query.raw)});
 #elif HWY_TARGET == HWY_AVX2
-  return VI16{_mm256_maddubs_epi16(codes.raw, query.raw)};
+  return hn::Add(sums, VI16{_mm256_maddubs_epi16(codes.raw, query.raw)});
 #else
   const DI16 d16;
   const auto even = [&](auto v) {
     return hn::ShiftRight<8>(hn::ShiftLeft<8>(hn::BitCast(d16, v)));
   };
   const auto odd = [&](auto v) { return hn::ShiftRight<8>(hn::BitCast(d16, v)); };
-  return hn::Add(hn::Mul(even(codes), even(query)), hn::Mul(odd(codes), odd(query)));
+  return hn::Add(sums, hn::Add(hn::Mul(even(codes), even(query)), hn::Mul(odd(codes), odd(query))));
 #endif
 }
-
-// The sum of the two 16-bit halves of each lane.
-HWY_INLINE VI32 AddHalves(VI16 pairs) {
-  const VI32 both = hn::BitCast(DI32(), pairs);
+HWY_INLINE VI32 FinishDot(DotSums sums) {
+#if HWY_TARGET == HWY_AVX3
+  return VI32{_mm512_madd_epi16(sums.raw, _mm512_set1_epi16(1))};
+#elif HWY_TARGET == HWY_AVX2
+  return VI32{_mm256_madd_epi16(sums.raw, _mm256_set1_epi16(1))};
+#else
+  const VI32 both = hn::BitCast(DI32(), sums);
   return hn::Add(hn::ShiftRight<16>(hn::ShiftLeft<16>(both)), hn::ShiftRight<16>(both));
+#endif
 }
+#endif
 
-// dots[16]: sum over quads of codes times query, exact. A quad adds at most 2 * 7 * 128 to a 16-bit
-// sum, so these are moved to 32 bits every 16 quads.
-HWY_INLINE void DotCodes(const uint32_t* codes, const int32_t* query, size_t quads,
-                         VI32 (&dots)[kVectors]) {
-  for (VI32& dot : dots) dot = hn::Zero(DI32());
-  for (size_t begin = 0; begin < quads; begin += 16) {
-    VI16 sums[kVectors];
-    for (VI16& sum : sums) sum = hn::Zero(DI16());
-    for (size_t i = begin; i < begin + 16; ++i) {
-      const VI32 q = hn::Set(DI32(), query[i]);
-      for (size_t v = 0; v < kVectors; ++v) {
-        const VU32 c = hn::Load(DU32(), codes + i * kGroupTokens + v * kLanes);
-        sums[v] = hn::Add(sums[v], PairProducts(c, q));
-      }
-    }
-    for (size_t v = 0; v < kVectors; ++v) dots[v] = hn::Add(dots[v], AddHalves(sums[v]));
+// ---- the query
+// ------------------------------------------------------------------------------------
+
+// AVX-512 broadcasts a memory operand at no cost; elsewhere a quad is stored once per lane.
+constexpr size_t kQuadCopies = HWY_MAX_BYTES == 64 ? 1 : kLanes;
+// More heads than that do not fit in registers together.
+constexpr size_t kTileHeads = 8;
+constexpr size_t kTileVectors = HWY_MAX_BYTES == 64 ? 2 : 1;
+
+HWY_INLINE VI32 LoadQuad(const int32_t* quads, size_t quad) {
+  if constexpr (kQuadCopies == 1) {
+    return hn::Set(DI32(), quads[quad]);
+  } else {
+    return hn::Load(DI32(), quads + quad * kQuadCopies);
   }
 }
 
-// A unit's scores so far, for head g and block i at [g * stride + i].
-struct Masses {
-  float* m;
-  float* s;
-  size_t stride;
+// A unit's queries: rotated, rounded to s8 and laid out as the codes are.
+struct SketchQuery {
+  alignas(64) int32_t quads[kMaxGroup][kMaxQuads * kQuadCopies];  // Four s8 each.
+  int32_t sum[kMaxGroup];                                         // Of a head's s8 values
+  float scale[kMaxGroup];  // s8 step times d^-1/2 log2(e): estimates are powers of two.
 };
 
-// sums[i] = the sum of p over block i of the group, 16 / block_tokens of them (four lanes stored).
-HWY_INLINE void SumBlocks(const float* p, size_t block_tokens, float* sums) {
-  const D4 d;
-  const hn::RepartitionToWide<D4> d2;
-  const auto a = hn::Load(d, p), b = hn::Load(d, p + 4);
-  const auto c = hn::Load(d, p + 8), e = hn::Load(d, p + 12);
-  const auto ab =
-      hn::BitCast(d2, hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
-  const auto ce =
-      hn::BitCast(d2, hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e)));
-  auto sum = hn::Add(hn::BitCast(d, hn::InterleaveLower(d2, ab, ce)),
-                     hn::BitCast(d, hn::InterleaveUpper(d2, ab, ce)));
-  if (block_tokens >= 8) {
-    sum = hn::Add(sum, hn::Shuffle2301(sum));
-    if (block_tokens == 16) sum = hn::Add(sum, hn::Shuffle1032(sum));
-    sum = hn::ConcatEven(d, sum, sum);
+// One head's query; a query that is not finite counts as zero.
+template <size_t kDim>
+void PrepareHead(const float* q, size_t g, SketchQuery* out) {
+  const DF d;
+  const DI32 di;
+  VF x[kDim / kLanes];
+  Rotate<kDim>(q, x);
+  HWY_ALIGN float magnitude[kDim];
+  for (size_t i = 0; i < kDim / kLanes; ++i) hn::Store(hn::Abs(x[i]), d, magnitude + i * kLanes);
+  float top = 0.0f, total = 0.0f;
+  for (size_t j = 0; j < kDim; j += 8) {
+    const float* const m = magnitude + j;
+    const float sum = ((m[0] + m[1]) + (m[2] + m[3])) + ((m[4] + m[5]) + (m[6] + m[7]));
+    top = std::max(top, sum);
+    total += sum;
   }
-  hn::StoreU(sum, d, sums);
+  // The maximum may pass over a NaN, the sum does not.
+  const float scale = total < kLargestFactor ? top / kSketchQueryRange : 0.0f;
+  const bool counts = scale > 0.0f;
+  const VF inverse = hn::Set(d, counts ? 1.0f / scale : 0.0f);
+  HWY_ALIGN int8_t rounded[kDim];
+  auto sum = hn::Zero(di);
+  for (size_t i = 0; i < kDim / kLanes; ++i) {
+    const auto value = counts ? hn::NearestInt(hn::Mul(x[i], inverse)) : hn::Zero(di);
+    const hn::Rebind<int8_t, DI32> d8;
+    hn::StoreU(hn::DemoteTo(d8, value), d8, rounded + i * kLanes);
+    sum = hn::Add(sum, value);
+  }
+  for (size_t quad = 0; quad < kDim / 4; ++quad) {
+    int8_t bytes[4];
+    for (size_t b = 0; b < 4; ++b) bytes[b] = rounded[quad / 8 * 32 + b * 8 + quad % 8];
+    int32_t packed;
+    std::memcpy(&packed, bytes, 4);
+    std::fill_n(out->quads[g] + quad * kQuadCopies, kQuadCopies, packed);
+  }
+  out->sum[g] = hn::GetLane(hn::SumOfLanes(di, sum));
+  out->scale[g] = scale * 1.44269504088896341f / std::sqrt(static_cast<float>(kDim));
 }
 
-// Scores one group of tokens for all heads; ids[i] is the block at tokens [i * block_tokens, ...).
+inline void PrepareQuery(const float* q, size_t group, size_t d, SketchQuery* out) {
+  for (size_t g = 0; g < group; ++g) {
+    if (d == 64) {
+      PrepareHead<64>(q + g * d, g, out);
+    } else {
+      PrepareHead<128>(q + g * d, g, out);
+    }
+  }
+}
+
+// ---- the keys
+// -------------------------------------------------------------------------------------
+
+// Two pages' descriptors and how many of their 32 tokens count: the first ones.
+struct PagePair {
+  const uint32_t* words[2];
+  size_t tokens;
+};
+
+// Doubled codes, quad i of a word at to[i * kPairTokens].
+HWY_INLINE void StoreQuad(VU32 codes, size_t quad, uint32_t* to) {
+  hn::Store(codes, DU32(), to + quad * kPairTokens);
+}
+template <int kShift>  // To the right, or to the left when negative.
+HWY_INLINE VU32 MoveBits(VU32 word, uint32_t mask) {
+  const VU32 m = hn::Set(DU32(), mask * 0x01010101u);
+  if constexpr (kShift > 0) return hn::And(hn::ShiftRight<kShift>(word), m);
+  if constexpr (kShift == 0) return hn::And(word, m);
+  if constexpr (kShift < 0) return hn::And(hn::ShiftLeft<-kShift>(word), m);
+}
+HWY_INLINE VU32 MergeBits(VU32 word, VU32 other, uint32_t mask) {
+  return hn::OrAnd(word, other, hn::Set(DU32(), mask * 0x01010101u));
+}
+
+HWY_INLINE void UnpackWord(const VU32 (&planes)[1], uint32_t* to) {
+  const VU32 a = planes[0];
+  StoreQuad(MoveBits<-1>(a, 2), 0, to);
+  StoreQuad(MoveBits<0>(a, 2), 1, to);
+  StoreQuad(MoveBits<1>(a, 2), 2, to);
+  StoreQuad(MoveBits<2>(a, 2), 3, to);
+  StoreQuad(MoveBits<3>(a, 2), 4, to);
+  StoreQuad(MoveBits<4>(a, 2), 5, to);
+  StoreQuad(MoveBits<5>(a, 2), 6, to);
+  StoreQuad(MoveBits<6>(a, 2), 7, to);
+}
+
+// Bytes of two-bit codes a b, of the odd bits (7 5 3 1) and of the even ones (6 4 2 0).
+HWY_INLINE VU32 OddPairs(VU32 a, VU32 b) { return MergeBits(MoveBits<1>(b, 0x55), a, 0xaa); }
+HWY_INLINE VU32 EvenPairs(VU32 a, VU32 b) { return MergeBits(MoveBits<-1>(a, 0xaa), b, 0x55); }
+
+HWY_INLINE void UnpackWord(const VU32 (&planes)[2], uint32_t* to) {
+  const VU32 odd = OddPairs(planes[0], planes[1]), even = EvenPairs(planes[0], planes[1]);
+  StoreQuad(MoveBits<-1>(even, 6), 0, to);
+  StoreQuad(MoveBits<-1>(odd, 6), 1, to);
+  StoreQuad(MoveBits<1>(even, 6), 2, to);
+  StoreQuad(MoveBits<1>(odd, 6), 3, to);
+  StoreQuad(MoveBits<3>(even, 6), 4, to);
+  StoreQuad(MoveBits<3>(odd, 6), 5, to);
+  StoreQuad(MoveBits<5>(even, 6), 6, to);
+  StoreQuad(MoveBits<5>(odd, 6), 7, to);
+}
+
+// Bytes of two codes a b c, doubled: bit i + 4 in the upper half, bit i in the lower one.
+HWY_INLINE void StoreNibbles(VU32 codes, size_t i, uint32_t* to) {
+  StoreQuad(MoveBits<0>(codes, 0x0e), i, to);
+  StoreQuad(MoveBits<4>(codes, 0x0e), i + 4, to);
+}
+HWY_INLINE void UnpackWord(const VU32 (&planes)[3], uint32_t* to) {
+  const VU32 odd = OddPairs(planes[0], planes[1]), even = EvenPairs(planes[0], planes[1]);
+  const VU32 c = planes[2];
+  StoreNibbles(MergeBits(MoveBits<-1>(c, 0x22), hn::ShiftLeft<2>(even), 0xcc), 0, to);
+  StoreNibbles(MergeBits(MoveBits<0>(c, 0x22), hn::ShiftLeft<2>(odd), 0xcc), 1, to);
+  StoreNibbles(MergeBits(MoveBits<1>(c, 0x22), even, 0xcc), 2, to);
+  StoreNibbles(MergeBits(MoveBits<2>(c, 0x22), odd, 0xcc), 3, to);
+}
+
+// codes[quad][32 tokens], four doubled u8 in a lane.
 template <int kPlanes>
-void ScoreGroup(const SelectorSpec& spec, size_t d, size_t heads, const SketchQuery& query,
-                const TokenGroup& group, const size_t* ids, size_t num_ids, const Masses& masses) {
+void UnpackPair(const PagePair& pair, size_t d, uint32_t* codes) {
+  const size_t words = d / 32;
+  for (size_t w = 0; w < words; ++w) {
+    for (size_t v = 0; v < kPairVectors; ++v) {
+      const uint32_t* const from =
+          pair.words[v / kPageVectors] + w * kPageTokens + v % kPageVectors * kLanes;
+      VU32 planes[kPlanes];
+      for (size_t plane = 0; plane < kPlanes; ++plane) {
+        planes[plane] = hn::LoadU(DU32(), from + plane * words * kPageTokens);
+      }
+      UnpackWord(planes, codes + w * 8 * kPairTokens + v * kLanes);
+    }
+  }
+}
+
+// What an estimate is multiplied by and what is added to it: 0 and kNoEstimate where a token does
+// not count.
+struct TokenFactors {
+  alignas(64) float scale[kPairTokens];
+  alignas(64) float offset[kPairTokens];
+};
+
+// `scales_at`: words before the scales.
+HWY_INLINE void ReadScales(const PagePair& pair, size_t scales_at, TokenFactors* out) {
   const DF df;
-  const DI32 di;
-  const DU32 du;
-  HWY_ALIGN uint32_t codes[kMaxQuads * kGroupTokens];
-  UnpackCodes<kPlanes>(group, d, codes);
-  const VF ratio = hn::Set(df, SketchScaleRatio(spec.planes, kPlanes));
-  const VF none = hn::Set(df, -std::numeric_limits<float>::infinity());
-  for (size_t g = 0; g < heads; ++g) {
-    VI32 dots[kVectors];
-    DotCodes(codes, query.quads[g], d / 4, dots);
-    // sum_j q_j level_j = 2 sum_j q_j code_j - (2^p - 1) sum_j q_j
-    const auto bias = hn::Set(di, ((1 << kPlanes) - 1) * query.sum[g]);
-    const VF query_scale = hn::Mul(ratio, hn::Set(df, query.scale[g]));
-    VF estimates[kVectors];
-    VF top = hn::Set(df, kNoScore);
-    for (size_t v = 0; v < kVectors; ++v) {
-      const VF dot = hn::ConvertTo(df, hn::Sub(hn::Add(dots[v], dots[v]), bias));
-      const VF scale = hn::Mul(hn::Load(df, group.scale + v * kLanes), query_scale);
-      const VF estimate = hn::Mul(dot, scale);
-      const auto valid = hn::MaskFromVec(hn::BitCast(df, hn::Load(du, group.valid + v * kLanes)));
-      const auto counts = hn::And(valid, hn::IsFinite(estimate));
-      estimates[v] = hn::IfThenElse(counts, estimate, none);
-      top = hn::Max(top, estimates[v]);
+  for (size_t v = 0; v < kPairVectors; ++v) {
+    const auto* const scales =
+        reinterpret_cast<const bf16*>(pair.words[v / kPageVectors] + scales_at);
+    const VF scale = LoadWide(scales + v % kPageVectors * kLanes);
+    const size_t begin = v * kLanes;
+    const auto within = hn::FirstN(df, pair.tokens > begin ? pair.tokens - begin : 0);
+    const auto counts = hn::And(within, hn::Lt(hn::Abs(scale), hn::Set(df, kLargestFactor)));
+    hn::Store(hn::IfThenElseZero(counts, scale), df, out->scale + begin);
+    hn::Store(hn::IfThenZeroElse(counts, hn::Set(df, kNoEstimate)), df, out->offset + begin);
+  }
+}
+
+// ---- estimates
+// ------------------------------------------------------------------------------------
+
+// Where the estimates of a chunk go, in units of ln 2, and what they reach.
+constexpr size_t kChunkTokens = 512;
+struct ChunkEstimates {
+  alignas(64) float of_head[kMaxGroup][kChunkTokens];
+  alignas(64) float top[kMaxGroup][kLanes];
+};
+
+// Adds the dot products of the heads g, g + 1, ... with the codes of kTileVectors vectors.
+template <size_t kHeads>
+HWY_INLINE void DotTile(const uint32_t* codes, size_t quads, const SketchQuery& query, size_t g,
+                        DotSums (&sums)[kHeads][kTileVectors]) {
+  for (size_t quad = 0; quad < quads; ++quad) {
+    VU32 c[kTileVectors];
+    for (size_t v = 0; v < kTileVectors; ++v) {
+      c[v] = hn::Load(DU32(), codes + quad * kPairTokens + v * kLanes);
     }
-    const float m = Max1(top);
-    HWY_ALIGN float p[kGroupTokens];
-    for (size_t v = 0; v < kVectors; ++v) {
-      hn::Store(Exp(hn::Sub(estimates[v], hn::Set(df, m))), df, p + v * kLanes);
+    for (size_t h = 0; h < kHeads; ++h) {
+      const VI32 q = LoadQuad(query.quads[g + h], quad);
+      for (size_t v = 0; v < kTileVectors; ++v) sums[h][v] = AddProducts(sums[h][v], c[v], q);
     }
-    float sums[4];
-    SumBlocks(p, static_cast<size_t>(spec.block_tokens), sums);
-    for (size_t i = 0; i < num_ids; ++i) {
-      masses.m[g * masses.stride + ids[i]] = m;
-      masses.s[g * masses.stride + ids[i]] = sums[i];
+  }
+}
+
+// Heads [g, g + kHeads) of 32 tokens, at tokens [at, at + 32) of the chunk. `ratio` turns stored
+// scales into those of kPlanes.
+template <int kPlanes, size_t kHeads>
+void EstimateHeads(const uint32_t* codes, size_t quads, const SketchQuery& query, size_t g,
+                   const TokenFactors& tokens, float ratio, size_t at, ChunkEstimates* out) {
+  const DF df;
+  for (size_t v = 0; v < kPairVectors; v += kTileVectors) {
+    DotSums sums[kHeads][kTileVectors];
+    for (size_t h = 0; h < kHeads; ++h) {
+      const int32_t start = -((1 << kPlanes) - 1) * query.sum[g + h];
+      for (size_t i = 0; i < kTileVectors; ++i) sums[h][i] = StartDot(start);
+    }
+    DotTile<kHeads>(codes + v * kLanes, quads, query, g, sums);
+    for (size_t h = 0; h < kHeads; ++h) {
+      const VF factor = hn::Set(df, query.scale[g + h] * ratio);
+      VF top = hn::Load(df, out->top[g + h]);
+      for (size_t i = 0; i < kTileVectors; ++i) {
+        const size_t token = (v + i) * kLanes;
+        const VF scaled = hn::Mul(hn::ConvertTo(df, FinishDot(sums[h][i])), factor);
+        const VF estimate = hn::MulAdd(scaled, hn::Load(df, tokens.scale + token),
+                                       hn::Load(df, tokens.offset + token));
+        hn::Store(estimate, df, out->of_head[g + h] + at + token);
+        top = hn::Max(top, estimate);
+      }
+      hn::Store(top, df, out->top[g + h]);
+    }
+  }
+}
+
+// All heads of the group, in tiles of nearly equal size.
+template <int kPlanes>
+void EstimatePair(const uint32_t* codes, size_t d, size_t group, const SketchQuery& query,
+                  const TokenFactors& tokens, float ratio, size_t at, ChunkEstimates* out) {
+  const size_t quads = d / 4;
+  for (size_t g = 0, heads; g < group; g += heads) {
+    const size_t tiles = (group - g + kTileHeads - 1) / kTileHeads;
+    heads = (group - g + tiles - 1) / tiles;
+    switch (heads) {
+      case 1:
+        EstimateHeads<kPlanes, 1>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      case 2:
+        EstimateHeads<kPlanes, 2>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      case 3:
+        EstimateHeads<kPlanes, 3>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      case 4:
+        EstimateHeads<kPlanes, 4>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      case 5:
+        EstimateHeads<kPlanes, 5>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      case 6:
+        EstimateHeads<kPlanes, 6>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      case 7:
+        EstimateHeads<kPlanes, 7>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
+      default:
+        EstimateHeads<kPlanes, 8>(codes, quads, query, g, tokens, ratio, at, out);
+        break;
     }
   }
 }

@@ -3,7 +3,7 @@
 // the backend. Prints one line per case: time, bytes/s, FLOP/s and the share of whichever ceiling
 // binds (kernels/roofline.h says what each op has to move and compute).
 //
-//   kernel_bench [--threads N] [--filter TEXT] [--target AVX2|AVX3]
+//   kernel_bench [--threads N] [--filter TEXT] [--target AVX2|AVX3|VNNI]
 //
 // By hand, on a quiet machine.
 
@@ -193,9 +193,10 @@ class Bench {
           Case{"sketch 1", {SelectorKind::kSketch, 8, 1, {1.0f, 1.0f}}},
           Case{"sketch 2", {SelectorKind::kSketch, 8, 2, {1.0f, 1.0f}}},
           Case{"sketch 3", {SelectorKind::kSketch, 8, 3, {1.0f, 1.0f}}},
-          Case{"sketch 2 progressive", {SelectorKind::kSketch, 8, 2, {0.25f, 0.12f}}}}) {
+          Case{"sketch 3 progressive", {SelectorKind::kSketch, 8, 3, {0.25f, 0.12f}}}}) {
       for (const auto& [heads, kv_heads, d, tokens] :
-           {std::array<int, 4>{28, 4, 128, 131072}, std::array<int, 4>{9, 3, 64, 8192}}) {
+           {std::array<int, 4>{28, 4, 128, 131072}, std::array<int, 4>{14, 2, 64, 131072},
+            std::array<int, 4>{14, 2, 64, 32768}, std::array<int, 4>{9, 3, 64, 8192}}) {
         World w = MakeWorld(heads, kv_heads, d, tokens, 1, c.spec);
         const int blocks = tokens / c.spec.block_tokens;
         const kernels::SparseRow row = {
@@ -271,9 +272,11 @@ int Main(int argc, char** argv) {
       options.filter = argv[++i];
     } else if (has_value && std::strcmp(argv[i], "--target") == 0) {
       const std::string target = argv[++i];
-      hwy::SetSupportedTargetsForTest(target == "AVX2" ? int64_t{HWY_AVX2} : int64_t{HWY_AVX3});
+      hwy::SetSupportedTargetsForTest(target == "AVX2"   ? int64_t{HWY_AVX2}
+                                      : target == "AVX3" ? int64_t{HWY_AVX3}
+                                                         : int64_t{HWY_AVX3 | HWY_AVX3_DL});
     } else {
-      std::fprintf(stderr, "usage: %s [--threads N] [--filter TEXT] [--target AVX2|AVX3]\n",
+      std::fprintf(stderr, "usage: %s [--threads N] [--filter TEXT] [--target AVX2|AVX3|VNNI]\n",
                    argv[0]);
       return 2;
     }

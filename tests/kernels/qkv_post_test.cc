@@ -202,9 +202,10 @@ TEST_P(QkvPostTest, SketchesFollowTheirFormulas) {
           for (size_t j = 0; j < d; ++j) {
             int code = 0;
             for (int p = 0; p < planes; ++p) {
-              const size_t byte = (static_cast<size_t>(p) * kPageTokens + slot) * (d / 8) + j / 8;
-              const int bit = (std::to_integer<int>(descriptor[byte]) >> (j % 8)) & 1;
-              code = 2 * code + bit;
+              const size_t word = (static_cast<size_t>(p) * d / 32 + j / 32) * kPageTokens + slot;
+              uint32_t bits;
+              std::memcpy(&bits, descriptor.data() + word * sizeof(bits), sizeof(bits));
+              code = 2 * code + static_cast<int>((bits >> (j % 32)) & 1);
             }
             const int level = 2 * code - ((1 << planes) - 1);
             product += x[j] * level;

@@ -18,12 +18,12 @@ void AppendDescriptors(const std::byte* run, const kernels::KvLayout& layout, in
     out->insert(out->end(), run, run + layout.DescriptorRunBytes());
     return;
   }
-  const size_t row_bytes = static_cast<size_t>(layout.head_dim) / 8;
-  for (int plane = 0; plane < layout.selector.planes; ++plane) {
-    const std::byte* rows = run + plane * kPageTokens * row_bytes;
-    out->insert(out->end(), rows, rows + tokens * row_bytes);
+  const int rows = layout.selector.planes * layout.head_dim / 32;  // Of a word per token
+  for (int row = 0; row < rows; ++row) {
+    const std::byte* words = run + row * kPageTokens * sizeof(uint32_t);
+    out->insert(out->end(), words, words + tokens * sizeof(uint32_t));
   }
-  const std::byte* scales = run + layout.selector.planes * kPageTokens * row_bytes;
+  const std::byte* scales = run + rows * kPageTokens * sizeof(uint32_t);
   out->insert(out->end(), scales, scales + tokens * sizeof(kernels::bf16));
 }
 

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kBf16SignificantBits = 8;
 constexpr double kCodeStep = 0.6;  // Width of a code's cell, in rms of the rotated key.
-constexpr double kQueryLevels = 127;
+constexpr size_t kQueryRun = 8;    // Components whose magnitudes together span the query's range.
+constexpr double kQueryRange = 123;
 
 // x in units of the last place of a bf16 of its magnitude, and that unit.
 double ScaleToBf16Units(double x, double* unit) {
@@ -64,31 +65,17 @@ Interval UpperBoundTerm(const Interval& q, const Interval& a, const Interval& b)
   return {range.low, std::max(q.value * a.value, q.value * b.value), range.high};
 }
 
-double LogSumExp(const std::vector<Interval>& logits, double Interval::*which) {
-  double top = -std::numeric_limits<double>::infinity();
-  for (const Interval& logit : logits) top = std::max(top, logit.*which);
-  double sum = 0;
-  for (const Interval& logit : logits) sum += std::exp(logit.*which - top);
-  return top + std::log(sum);
+// Ids by falling value, ties to the lower id.
+std::vector<int> ByFallingValue(std::span<const Interval> scores) {
+  std::vector<int> order(scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return scores[a].value > scores[b].value; });
+  return order;
 }
 
-// estimates: [head][token].
-std::vector<Interval> MassOfBlocks(const std::vector<std::vector<Interval>>& estimates,
-                                   int block_tokens) {
-  const size_t tokens = estimates.front().size();
-  std::vector<Interval> mass((tokens + block_tokens - 1) / block_tokens);
-  for (const std::vector<Interval>& head : estimates) {
-    const double low = LogSumExp(head, &Interval::low);
-    const double value = LogSumExp(head, &Interval::value);
-    const double high = LogSumExp(head, &Interval::high);
-    for (size_t t = 0; t < tokens; ++t) {
-      Interval& block = mass[t / block_tokens];
-      block.low += std::exp(head[t].low - high);
-      block.value += std::exp(head[t].value - value);
-      block.high += std::exp(head[t].high - low);
-    }
-  }
-  return mass;
+bool IsForced(int id, int blocks, const Budget& budget) {
+  return id < budget.sink || id >= blocks - budget.local;
 }
 
 enum class Membership { kOut, kMaybe, kIn };
@@ -116,17 +103,72 @@ std::vector<Membership> MembershipOfBest(std::span<const Interval> scores, size_
   return membership;
 }
 
-// Ids by falling value, ties to the lower id.
-std::vector<int> ByFallingValue(std::span<const Interval> scores) {
-  std::vector<int> order(scores.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return scores[a].value > scores[b].value; });
-  return order;
+// The blocks that one pass of progressive reading scores.
+struct Survivors {
+  explicit Survivors(size_t blocks) : membership(blocks, Membership::kIn), best(blocks, true) {}
+
+  // Goes on with the `count` best by their scores, sink and local blocks before all others.
+  void KeepBest(std::vector<Interval> scores, const Budget& budget, size_t count) {
+    const double most = std::numeric_limits<double>::infinity();
+    const int blocks = static_cast<int>(scores.size());
+    for (int id = 0; id < blocks; ++id) {
+      if (IsForced(id, blocks, budget)) scores[id] = {most, most, most};
+    }
+    const std::vector<Membership> among = MembershipOfBest(scores, count);
+    const std::vector<int> order = ByFallingValue(scores);
+    best.assign(scores.size(), false);
+    for (size_t i = 0; i < count; ++i) best[order[i]] = true;
+    for (size_t i = 0; i < scores.size(); ++i) membership[i] = std::min(membership[i], among[i]);
+  }
+
+  std::vector<Membership> membership;
+  std::vector<bool> best;  // By exact arithmetic.
+};
+
+// log sum exp of `which` over the tokens of the blocks that `counts` picks.
+template <class Counts>
+double LogSumExp(const std::vector<Interval>& logits, int block_tokens, double Interval::*which,
+                 const Counts& counts) {
+  double top = -std::numeric_limits<double>::infinity();
+  for (size_t t = 0; t < logits.size(); ++t) {
+    if (counts(t / block_tokens)) top = std::max(top, logits[t].*which);
+  }
+  if (std::isinf(top)) return top;
+  double sum = 0;
+  for (size_t t = 0; t < logits.size(); ++t) {
+    if (counts(t / block_tokens)) sum += std::exp(logits[t].*which - top);
+  }
+  return top + std::log(sum);
 }
 
-bool IsForced(int id, int blocks, const Budget& budget) {
-  return id < budget.sink || id >= blocks - budget.local;
+// Per head the softmax over the tokens of the survivors, summed over each block, then over heads;
+// kNotScored for blocks that are none. estimates: [head][token].
+constexpr double kNotScored = -1;
+std::vector<Interval> MassOfBlocks(const std::vector<std::vector<Interval>>& estimates,
+                                   int block_tokens, const Survivors& survivors) {
+  const std::vector<Membership>& membership = survivors.membership;
+  std::vector<Interval> mass(membership.size());
+  for (const std::vector<Interval>& head : estimates) {
+    // Blocks that may take part make the others' shares smaller, at the most by this much.
+    const double low = LogSumExp(head, block_tokens, &Interval::low,
+                                 [&](size_t i) { return membership[i] == Membership::kIn; });
+    const double high = LogSumExp(head, block_tokens, &Interval::high,
+                                  [&](size_t i) { return membership[i] != Membership::kOut; });
+    const double value = LogSumExp(head, block_tokens, &Interval::value,
+                                   [&](size_t i) { return survivors.best[i]; });
+    for (size_t t = 0; t < head.size(); ++t) {
+      Interval& block = mass[t / block_tokens];
+      block.low += std::exp(head[t].low - high);
+      block.value += std::exp(head[t].value - value);
+      block.high += std::exp(head[t].high - low);
+    }
+  }
+  for (size_t i = 0; i < mass.size(); ++i) {
+    if (membership[i] != Membership::kIn) mass[i].low = kNotScored;
+    if (membership[i] == Membership::kOut) mass[i].high = kNotScored;
+    if (!survivors.best[i]) mass[i].value = kNotScored;
+  }
+  return mass;
 }
 
 }  // namespace
@@ -254,20 +296,26 @@ QuerySketch MakeQuerySketch(const Vector& query, std::span<const int> signs,
                             const SelectionTolerance& tolerance) {
   const Vector x = Rotate(query, signs);
   double top = 0;
-  for (double component : x) top = std::max(top, std::abs(component));
+  for (size_t begin = 0; begin < x.size(); begin += kQueryRun) {
+    double sum = 0;
+    for (size_t j = begin; j < begin + kQueryRun; ++j) sum += std::abs(x[j]);
+    top = std::max(top, sum);
+  }
   const double slack = tolerance.vector * std::sqrt(SquaredNorm(x));
+  // A sum of eight magnitudes moves by sqrt(8) times what the vector of the eight moves.
+  const double top_slack = std::sqrt(double(kQueryRun)) * slack;
   QuerySketch sketch;
-  sketch.scale = {(top - slack) / kQueryLevels, top / kQueryLevels, (top + slack) / kQueryLevels};
+  sketch.scale = {(top - top_slack) / kQueryRange, top / kQueryRange,
+                  (top + top_slack) / kQueryRange};
   for (double component : x) {
     if (top == 0) {
       sketch.low.push_back(0), sketch.value.push_back(0), sketch.high.push_back(0);
       continue;
     }
-    // Both the component and the maximum may move, the latter by the same slack, scaled down.
-    const double width = slack * (1 + std::abs(component) / top);
+    // Both the component and the scale may move, the latter's part in proportion.
+    const double width = slack + top_slack * std::abs(component) / top;
     const auto round = [&](double value) {
-      const double clamped = std::clamp(value / top, -1.0, 1.0) * kQueryLevels;
-      return static_cast<int>(std::nearbyint(clamped));
+      return static_cast<int>(std::nearbyint(value / top * kQueryRange));
     };
     sketch.low.push_back(round(component - width));
     sketch.value.push_back(round(component));
@@ -302,41 +350,25 @@ std::vector<Interval> ScoreSketch(std::span<const Vector> queries, std::span<con
                                   std::span<const int> signs, const SelectionTolerance& tolerance) {
   std::vector<QuerySketch> heads;
   for (const Vector& query : queries) heads.push_back(MakeQuerySketch(query, signs, tolerance));
-  const bool whole = std::all_of(spec.refine_share.begin(),
-                                 spec.refine_share.begin() + std::max(0, spec.planes - 1),
-                                 [](float share) { return share >= 1.0f; });
+  const size_t blocks = (keys.size() + spec.block_tokens - 1) / spec.block_tokens;
+  const auto survivors_of = [&](int read) {
+    const double wanted = std::ceil(double(spec.refine_share[read - 2]) * double(blocks));
+    return std::min(blocks, std::max(static_cast<size_t>(budget.keep), size_t(wanted)));
+  };
+  Survivors survivors(blocks);
+  std::vector<Interval> scores;
   std::vector<std::vector<Interval>> estimates(heads.size(), std::vector<Interval>(keys.size()));
-  for (size_t h = 0; h < heads.size(); ++h) {
-    for (size_t t = 0; t < keys.size(); ++t) {
-      estimates[h][t] =
-          EstimateLogit(heads[h], keys[t], whole ? spec.planes : 1, spec.planes, tolerance);
-    }
-  }
-  std::vector<Interval> scores = MassOfBlocks(estimates, spec.block_tokens);
-  if (whole) return scores;
-  for (int read = 2; read <= spec.planes; ++read) {
-    const double share = spec.refine_share[read - 2];
-    const size_t count = std::max<size_t>(
-        budget.keep, static_cast<size_t>(std::ceil(share * static_cast<double>(scores.size()))));
-    const std::vector<Membership> membership = MembershipOfBest(scores, count);
-    std::vector<bool> best(scores.size(), false);
-    const std::vector<int> order = ByFallingValue(scores);
-    for (size_t i = 0; i < std::min(count, order.size()); ++i) best[order[i]] = true;
+  for (int read = 1; read <= spec.planes; ++read) {
+    if (!scores.empty()) survivors.KeepBest(scores, budget, survivors_of(read));
+    if (read < spec.planes && survivors_of(read + 1) == blocks)
+      continue;  // All are read with more.
     for (size_t h = 0; h < heads.size(); ++h) {
       for (size_t t = 0; t < keys.size(); ++t) {
-        const size_t block = t / spec.block_tokens;
-        if (membership[block] == Membership::kOut) continue;
-        const Interval coarse = estimates[h][t];
-        Interval fine = EstimateLogit(heads[h], keys[t], read, spec.planes, tolerance);
-        if (membership[block] == Membership::kMaybe) {
-          fine.low = std::min(fine.low, coarse.low);
-          fine.high = std::max(fine.high, coarse.high);
-          if (!best[block]) fine.value = coarse.value;
-        }
-        estimates[h][t] = fine;
+        if (survivors.membership[t / spec.block_tokens] == Membership::kOut) continue;
+        estimates[h][t] = EstimateLogit(heads[h], keys[t], read, spec.planes, tolerance);
       }
     }
-    scores = MassOfBlocks(estimates, spec.block_tokens);
+    scores = MassOfBlocks(estimates, spec.block_tokens, survivors);
   }
   return scores;
 }

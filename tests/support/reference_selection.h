@@ -76,18 +76,20 @@ std::vector<Interval> ScoreMinMax(std::span<const Vector> queries, std::span<con
                                   int block_tokens, const SelectionTolerance& tolerance);
 
 // The estimated logit of one key for one query, with the first `read` of the sketch's `planes`.
-// The query is rotated and rounded to s8: q8_j = round(127 q_j / max|q|), halves to even.
+// The query is rotated and rounded to s8: q8_j = round(q_j / scale), halves to even, the scale
+// being the largest sum of |q_j| over components 8 i .. 8 i + 7, over 123.
 struct QuerySketch {
   std::vector<int> low, value, high;  // [d], -127 .. 127
-  Interval scale;                     // max|q| / 127
+  Interval scale;
 };
 QuerySketch MakeQuerySketch(const Vector& query, std::span<const int> signs,
                             const SelectionTolerance& tolerance);
 Interval EstimateLogit(const QuerySketch& query, const KeySketch& key, int read, int planes,
                        const SelectionTolerance& tolerance);
 
-// Approximate attention mass: per head the softmax of the estimates over all tokens, summed over
-// each block, then over the group's heads. Progressive reading as in SelectorSpec.
+// Approximate attention mass: per head the softmax of the estimates over the tokens of the blocks
+// that the last pass scored, summed over each block, then over the group's heads. Progressive
+// reading as in SelectorSpec: a block that did not survive to the last pass scores -1.
 std::vector<Interval> ScoreSketch(std::span<const Vector> queries, std::span<const KeySketch> keys,
                                   const kernels::SelectorSpec& spec, const Budget& budget,
                                   std::span<const int> signs, const SelectionTolerance& tolerance);

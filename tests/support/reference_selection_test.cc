@@ -173,11 +173,44 @@ TEST(ReferenceScoreTest, SketchMassSumsToTheNumberOfHeads) {
   std::vector<KeySketch> keys;
   for (int i = 0; i < 101; ++i) keys.push_back(MakeKeySketch(random.Normals(64), signs, 2, {}));
   kernels::SelectorSpec spec;
+  spec.planes = 2;
   double sum = 0;
   for (const Interval& block : ScoreSketch(queries, keys, spec, {8, 1, 1}, signs, {})) {
     sum += block.value;
   }
   EXPECT_NEAR(sum, 3, 1e-12);
+}
+
+// Only blocks that reach the last pass have a share, among them the sink and the local ones.
+TEST(ReferenceScoreTest, ProgressiveReadingRanksTheSurvivorsAlone) {
+  Random random(10);
+  const std::vector<int> signs = random.Signs(64);
+  const std::vector<Vector> queries = {random.Normals(64), random.Normals(64)};
+  std::vector<KeySketch> keys;
+  for (int i = 0; i < 399; ++i) keys.push_back(MakeKeySketch(random.Normals(64), signs, 3, {}));
+  for (int t = 0; t < 4; ++t) keys[t].scale = keys[395 + t].scale = {0, 0, 0};
+  kernels::SelectorSpec spec;
+  spec.block_tokens = 4;
+  spec.refine_share = {0.25f, 0.12f};
+  const std::vector<Interval> scores = ScoreSketch(queries, keys, spec, {8, 1, 1}, signs, {});
+  double sum = 0;
+  int survivors = 0;
+  for (const Interval& block : scores) {
+    if (block.value == -1) continue;
+    ++survivors;
+    sum += block.value;
+  }
+  EXPECT_EQ(survivors, 12);
+  EXPECT_NEAR(sum, 2, 1e-12);
+  EXPECT_GT(scores.front().value, 0);
+  EXPECT_GT(scores.back().value, 0);
+  // At full shares every plane is read of every block.
+  spec.refine_share = {1.0f, 1.0f};
+  const std::vector<Interval> whole = ScoreSketch(queries, keys, spec, {8, 1, 1}, signs, {});
+  EXPECT_GT(std::min_element(whole.begin(), whole.end(),
+                             [](const auto& a, const auto& b) { return a.value < b.value; })
+                ->value,
+            0);
 }
 
 // Any implementation whose inputs are off by at most the tolerance lands inside the intervals.
@@ -261,6 +294,7 @@ TEST(ReferenceChoiceTest, SketchKeepsMoreOfTheAttentionThanMinMaxAtTheSameBudget
   Random random(9);
   constexpr int kDim = 64, kTokens = 1600, kRounds = 12;
   kernels::SelectorSpec sketch;
+  sketch.planes = 2;
   sketch.block_tokens = 16;  // The same granularity for both.
   const std::vector<int> signs = random.Signs(kDim);
   const Budget budget{10, 1, 0};

@@ -125,6 +125,30 @@ TEST_P(GoldenTest, LogitsWithBf16Kv) {
   EXPECT_GE(difference.rms, 1e-4 * difference.golden_rms);
 }
 
+// Rounding the rows of every Linear errs like rounding K and V: 1.6e-3 of each component in root
+// mean square, of which a sum of many keeps that share. Per layer q and k (8e-3 of a softmax
+// average by the reckoning above), v, the attention output, gate, up and down see it, 1e-2 together
+// once more, and the last one adds 1.6e-3.
+TEST_P(GoldenTest, LogitsWithBf16Rows) {
+  ops_ = kernels::CreateCpuOps({.threads = 2, .bf16_linear = kernels::Bf16Linear::kForce});
+  if (ops_->Description().find("oneDNN bf16") == std::string::npos) {
+    GTEST_SKIP() << ops_->Description();
+  }
+  const std::vector<float> logits = MakeRunner(kernels::DType::kF32).Prefill(golden_.prompt, 128);
+  const Difference difference = Compare(logits);
+  const double bound = (2e-2 * model_.config.num_layers + 2e-3) * difference.golden_rms;
+  std::printf("%s, bf16 rows: max |delta| %.2e (bound %.2e), rms %.2e (bound %.2e)\n",
+              GetParam().c_str(), difference.max, 5 * bound, difference.rms, bound);
+  EXPECT_LE(difference.rms, bound);
+  EXPECT_LE(difference.max, 5 * bound);
+  EXPECT_GE(difference.rms, 1e-4 * difference.golden_rms);  // It really rounds.
+  for (int chunk : {1, 7, 48}) {
+    EXPECT_EQ(MakeRunner(kernels::DType::kF32).Prefill(golden_.prompt, chunk), logits)
+        << "chunks of " << chunk;
+  }
+  EXPECT_EQ(ops_->Description().find("but for"), std::string::npos) << ops_->Description();
+}
+
 TEST_P(GoldenTest, GreedyTokensWithF32Kv) {
   // Logits are right within 2e-3, so a margin above twice that decides each token.
   ASSERT_GT(golden_.min_margin, 4e-3);

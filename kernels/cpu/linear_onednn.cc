@@ -75,8 +75,8 @@ namespace {
 using dnnl::memory;
 
 constexpr int64_t kPanel = 64;  // Columns of a task, and the width of oneDNN's own panels.
-// Rows of a tile, the one that the others are compared with first. Each is at most four times the
-// one before, so that padding (Cut()) stays bounded.
+// Rows of a tile: the one that the others are compared with, then few for decoding, many for
+// prompts.
 constexpr int64_t kBaseRows = 16;
 constexpr std::array<int64_t, 5> kTileRows = {kBaseRows, 1, 4, 64, 256};
 
@@ -142,7 +142,7 @@ class OneDnnLinearImpl : public OneDnnLinear {
   std::vector<Part> parts_;  // Of the current call.
 };
 
-// Says why oneDNN has no such product.
+// Empty, or why oneDNN has no such product.
 std::string OneDnnLinearImpl::MakeTile(const Shape& shape, int64_t rows, Tile* tile) const {
   const memory::desc x({rows, shape.in}, memory::data_type::bf16, memory::format_tag::ab);
   const memory::desc weights({shape.in, shape.cols}, memory::data_type::bf16,

@@ -16,14 +16,12 @@ EngineObserver* NullObserver() {
   return observer;
 }
 
-TokenLogprob LogprobOf(const kernels::SampleResult& sample) {
-  TokenLogprob logprob;
-  logprob.logprob = sample.logprob;
-  logprob.top.reserve(sample.num_top);
+void Fill(const kernels::SampleResult& sample, TokenLogprob* out) {
+  out->logprob = sample.logprob;
+  out->top.clear();
   for (int32_t i = 0; i < sample.num_top; ++i) {
-    logprob.top.emplace_back(sample.top_ids[i], sample.top_logprobs[i]);
+    out->top.emplace_back(sample.top_ids[i], sample.top_logprobs[i]);
   }
-  return logprob;
 }
 
 }  // namespace
@@ -171,7 +169,7 @@ void Engine::Begin(Sequence* sequence) {
   if (tokenizer_ != nullptr) {
     echo.text = tokenizer_->Decode(request.prompt, !request.output.keep_special_tokens);
   }
-  if (!request.sink->OnDelta(std::move(echo))) {
+  if (!request.sink->OnDelta(echo)) {
     EndRequest(request.id, absl::ResourceExhaustedError("the echoed prompt is too large"));
   }
 }
@@ -366,10 +364,11 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
 
   Finished finished;
   bool ends = false;
-  Delta delta;
-  delta.index = sequence->index;
-  delta.token_ids.push_back(sample.token);
-  if (request.output.logprobs) delta.logprobs.push_back(LogprobOf(sample));
+  delta_.index = sequence->index;
+  delta_.text.clear();
+  delta_.token_ids.assign(1, sample.token);
+  delta_.logprobs.resize(request.output.logprobs ? 1 : 0);
+  if (request.output.logprobs) Fill(sample, &delta_.logprobs[0]);
   const bool stop_token = EndsOutput(*sequence, sample.token);
   if (stop_token) {
     ends = true;
@@ -378,7 +377,7 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
   if (sequence->detokenizer != nullptr && (!stop_token || request.stop.include_stop)) {
     const bool may_stop = !sequence->forced() && sequence->output_len() >= request.stop.min_tokens;
     Detokenizer::Step step = sequence->detokenizer->Push(sample.token, may_stop);
-    delta.text = std::move(step.text);
+    delta_.text.append(step.text);
     if (step.matched_stop.has_value()) {
       ends = true;
       finished.matched_stop = *std::move(step.matched_stop);
@@ -390,9 +389,9 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
     finished.reason = FinishReason::kLength;
   }
   if (ends && sequence->detokenizer != nullptr && finished.matched_stop.empty()) {
-    delta.text += sequence->detokenizer->Finish();
+    delta_.text += sequence->detokenizer->Finish();
   }
-  if (!request.sink->OnDelta(std::move(delta))) {
+  if (!request.sink->OnDelta(delta_)) {
     EndRequest(request.id, absl::ResourceExhaustedError(
                                "the client reads too slowly; its output buffer is full"));
     return;

@@ -127,6 +127,7 @@ class Engine {
   std::vector<PageCopy> copies_;
   std::vector<SegmentInput> segments_;
   StepOutput output_;
+  Delta delta_;  // The token being handed out; its memory is reused.
   absl::Status step_status_;
   int64_t step_count_ = 0;
   uint64_t next_order_ = 0;

@@ -156,9 +156,9 @@ class OutputSink {
  public:
   virtual ~OutputSink() = default;
   virtual void OnAccepted(int32_t prompt_tokens, int32_t cached_tokens) = 0;
-  // False: the reader is so far behind that its bounded buffer is full; the engine then ends the
-  // request with RESOURCE_EXHAUSTED.
-  virtual bool OnDelta(Delta delta) = 0;
+  // `delta` is looked at during the call only. False: the reader is so far behind that its bounded
+  // buffer is full; the engine then ends the request with RESOURCE_EXHAUSTED.
+  virtual bool OnDelta(const Delta& delta) = 0;
   virtual void OnFinished(Finished finished) = 0;
   // CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE or INTERNAL; nothing follows.
   virtual void OnError(const absl::Status& status) = 0;

@@ -13,6 +13,11 @@ namespace {
 constexpr size_t kTokenIdBytes = 6;
 constexpr size_t kLogprobBytes = 16;
 
+// Written messages up to this size are kept to be filled again, so many at most: one is written
+// while the next is filled.
+constexpr size_t kMaxSpareBytes = 4096;
+constexpr size_t kMaxSpares = 2;
+
 size_t LogprobBytes(const engine::TokenLogprob& logprob) {
   return kLogprobBytes * (1 + logprob.top.size());
 }
@@ -77,31 +82,37 @@ StreamWriter::StreamWriter(Options options, StreamTransport* transport)
 }
 
 void StreamWriter::OnAccepted(int32_t prompt_tokens, int32_t cached_tokens) {
-  absl::MutexLock lock(&mutex_);
-  Waiting item;
-  resa::v1::Accepted* accepted = item.response.mutable_accepted();
-  accepted->set_request_id(options_.request_id);
-  accepted->set_prompt_tokens(prompt_tokens);
-  accepted->set_cached_tokens(cached_tokens);
-  accepted->set_seed(options_.seed);
-  summary_.prompt_tokens = prompt_tokens;
-  waiting_.push_back(std::move(item));
-  Pump();
+  Call call;
+  {
+    absl::MutexLock lock(&mutex_);
+    Waiting item = {std::make_unique<resa::v1::GenerateResponse>(), 0};
+    resa::v1::Accepted* accepted = item.response->mutable_accepted();
+    accepted->set_request_id(options_.request_id);
+    accepted->set_prompt_tokens(prompt_tokens);
+    accepted->set_cached_tokens(cached_tokens);
+    accepted->set_seed(options_.seed);
+    summary_.prompt_tokens = prompt_tokens;
+    waiting_.push_back(std::move(item));
+    call = NextCall();
+  }
+  Make(call);
 }
 
-bool StreamWriter::OnDelta(engine::Delta delta) {
-  absl::MutexLock lock(&mutex_);
-  if (broken_) return true;  // The cancellation is on its way.
-  if (waiting_bytes_ > options_.max_waiting_bytes) {
-    // What waits can't be read in time anyway; the memory is needed more.
-    waiting_.clear();
-    waiting_bytes_ = 0;
-    broken_ = true;
-    return false;
+bool StreamWriter::OnDelta(const engine::Delta& delta) {
+  Call call;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (broken_) return true;  // The cancellation is on its way.
+    if (waiting_bytes_ > options_.max_waiting_bytes) {
+      // What waits can't be read in time anyway; the memory is needed more.
+      Break();
+      return false;
+    }
+    if (options_.keep_text) summary_.texts[delta.index] += delta.text;
+    Append(delta);
+    call = NextCall();
   }
-  if (options_.keep_text) summary_.texts[delta.index] += delta.text;
-  Append(delta);
-  Pump();
+  Make(call);
   return true;
 }
 
@@ -124,7 +135,7 @@ void StreamWriter::Append(const engine::Delta& delta) {
       ++end;
     }
     Waiting* item = DeltaFor(delta.index, bytes);
-    resa::v1::Delta* out = item->response.mutable_delta();
+    resa::v1::Delta* out = item->response->mutable_delta();
     out->mutable_text()->append(delta.text, text, length);
     for (; token < end; ++token) {
       if (options_.token_ids) out->add_token_ids(delta.token_ids[token]);
@@ -138,44 +149,74 @@ void StreamWriter::Append(const engine::Delta& delta) {
 
 StreamWriter::Waiting* StreamWriter::DeltaFor(int32_t index, size_t bytes) {
   for (auto item = waiting_.rbegin(); item != waiting_.rend(); ++item) {
-    if (!item->response.has_delta() || item->response.delta().index() != index) continue;
+    if (!item->response->has_delta() || item->response->delta().index() != index) continue;
     if (item->bytes + bytes > options_.max_message_bytes) break;
     return &*item;
   }
-  waiting_.emplace_back();
-  waiting_.back().response.mutable_delta()->set_index(index);
+  waiting_.push_back({NewDelta(index), 0});
   return &waiting_.back();
 }
 
-void StreamWriter::OnFinished(engine::Finished finished) {
-  absl::MutexLock lock(&mutex_);
-  RESA_CHECK(open_outputs_ > 0);
-  summary_.output_tokens += finished.usage.output_tokens;
-  summary_.first_token = finished.timings.first_token;
-  if (!broken_) {
-    waiting_.emplace_back();
-    Fill(finished, waiting_.back().response.mutable_finished());
+StreamWriter::Message StreamWriter::NewDelta(int32_t index) {
+  Message message;
+  if (spare_.empty()) {
+    message = std::make_unique<resa::v1::GenerateResponse>();
+  } else {
+    message = std::move(spare_.back());
+    spare_.pop_back();
+    message->mutable_delta()->Clear();  // Keeps the memory of its parts.
   }
-  if (--open_outputs_ == 0) end_ = absl::OkStatus();
-  Pump();
+  message->mutable_delta()->set_index(index);
+  return message;
+}
+
+void StreamWriter::OnFinished(engine::Finished finished) {
+  Call call;
+  {
+    absl::MutexLock lock(&mutex_);
+    RESA_CHECK(open_outputs_ > 0);
+    summary_.output_tokens += finished.usage.output_tokens;
+    summary_.first_token = finished.timings.first_token;
+    if (!broken_) {
+      waiting_.push_back({std::make_unique<resa::v1::GenerateResponse>(), 0});
+      Fill(finished, waiting_.back().response->mutable_finished());
+    }
+    if (--open_outputs_ == 0) end_ = absl::OkStatus();
+    call = NextCall();
+  }
+  Make(call);
 }
 
 void StreamWriter::OnError(const absl::Status& status) {
-  absl::MutexLock lock(&mutex_);
-  RESA_CHECK(!status.ok());
-  end_ = status;
-  Pump();
+  Call call;
+  {
+    absl::MutexLock lock(&mutex_);
+    RESA_CHECK(!status.ok());
+    end_ = status;
+    call = NextCall();
+  }
+  Make(call);
 }
 
 void StreamWriter::OnWriteDone(bool ok) {
-  absl::MutexLock lock(&mutex_);
-  writing_ = false;
-  if (!ok) {
-    broken_ = true;
-    waiting_.clear();
-    waiting_bytes_ = 0;
+  Call call;
+  {
+    absl::MutexLock lock(&mutex_);
+    writing_ = false;
+    if (!ok) Break();
+    if (in_flight_.response->has_delta() && in_flight_.bytes <= kMaxSpareBytes &&
+        spare_.size() < kMaxSpares) {
+      spare_.push_back(std::move(in_flight_.response));
+    }
+    call = NextCall();
   }
-  Pump();
+  Make(call);
+}
+
+void StreamWriter::Break() {
+  broken_ = true;
+  waiting_.clear();
+  waiting_bytes_ = 0;
 }
 
 StreamSummary StreamWriter::Summary() const {
@@ -183,19 +224,27 @@ StreamSummary StreamWriter::Summary() const {
   return summary_;
 }
 
-void StreamWriter::Pump() {
-  if (writing_ || transport_ == nullptr) return;
+StreamWriter::Call StreamWriter::NextCall() {
+  if (writing_ || transport_ == nullptr) return {};
   if (!waiting_.empty()) {
-    in_flight_.Swap(&waiting_.front().response);
-    waiting_bytes_ -= waiting_.front().bytes;
-    waiting_.pop_front();
+    in_flight_ = std::move(waiting_.front());
+    waiting_.erase(waiting_.begin());
+    waiting_bytes_ -= in_flight_.bytes;
     writing_ = true;
     ++summary_.messages;
-    transport_->StartWrite(in_flight_);
-  } else if (end_.has_value()) {
-    // An OK end after a failed write cannot be delivered; the transport knows the stream is broken.
-    StreamTransport* transport = std::exchange(transport_, nullptr);
-    transport->Finish(*end_);
+    return {transport_, in_flight_.response.get(), {}};
+  }
+  if (!end_.has_value()) return {};
+  // An OK end after a failed write cannot be delivered; the transport knows the stream is broken.
+  return {std::exchange(transport_, nullptr), nullptr, *end_};
+}
+
+void StreamWriter::Make(const Call& call) {
+  if (call.transport == nullptr) return;
+  if (call.write != nullptr) {
+    call.transport->StartWrite(*call.write);
+  } else {
+    call.transport->Finish(call.end);
   }
 }
 

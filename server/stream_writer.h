@@ -7,7 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -60,7 +60,7 @@ class StreamWriter final : public engine::OutputSink {
   StreamWriter(Options options, StreamTransport* transport);
 
   void OnAccepted(int32_t prompt_tokens, int32_t cached_tokens) override;
-  bool OnDelta(engine::Delta delta) override;
+  bool OnDelta(const engine::Delta& delta) override;
   void OnFinished(engine::Finished finished) override;
   void OnError(const absl::Status& status) override;
 
@@ -71,24 +71,40 @@ class StreamWriter final : public engine::OutputSink {
   StreamSummary Summary() const;
 
  private:
+  using Message = std::unique_ptr<resa::v1::GenerateResponse>;
   struct Waiting {
-    resa::v1::GenerateResponse response;
+    Message response;
     size_t bytes = 0;
+  };
+  // What the transport is to do next, if anything: StartWrite(*write), or Finish(end).
+  struct Call {
+    StreamTransport* transport = nullptr;
+    const resa::v1::GenerateResponse* write = nullptr;
+    absl::Status end;
   };
 
   void Append(const engine::Delta& delta) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The waiting delta of this output that can take `bytes` more, or a new one at the end.
   Waiting* DeltaFor(int32_t index, size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Starts what can be started: the next write, or the end.
-  void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // An empty delta, in memory that an earlier one has left when there is some.
+  Message NewDelta(int32_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Nothing more will be written.
+  void Break() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Takes what can be started: the next write, or the end.
+  Call NextCall() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Makes it, without the lock: a write may go as far as the socket, and neither the engine nor the
+  // transport's threads are to wait for one another's.
+  static void Make(const Call& call);
 
   const Options options_;
 
   mutable absl::Mutex mutex_;
   StreamTransport* transport_ ABSL_GUARDED_BY(mutex_);  // Null once finished.
-  std::deque<Waiting> waiting_ ABSL_GUARDED_BY(mutex_);
+  // Oldest first. Few: the deltas of one output join, so that there are two or three per output.
+  std::vector<Waiting> waiting_ ABSL_GUARDED_BY(mutex_);
   size_t waiting_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
-  resa::v1::GenerateResponse in_flight_ ABSL_GUARDED_BY(mutex_);
+  Waiting in_flight_ ABSL_GUARDED_BY(mutex_);           // Of the write under way.
+  std::vector<Message> spare_ ABSL_GUARDED_BY(mutex_);  // Deltas that were written, for reuse.
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool broken_ ABSL_GUARDED_BY(mutex_) = false;
   int open_outputs_ ABSL_GUARDED_BY(mutex_);

@@ -26,8 +26,8 @@ class RecordingSink final : public OutputSink {
     ++accepted;
     accepted_tokens = prompt_tokens;
   }
-  bool OnDelta(Delta delta) override {
-    deltas.push_back(std::move(delta));
+  bool OnDelta(const Delta& delta) override {
+    deltas.push_back(delta);
     return static_cast<int>(deltas.size()) <= buffer;
   }
   void OnFinished(Finished end) override { finished.push_back(std::move(end)); }

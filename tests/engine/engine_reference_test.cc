@@ -34,7 +34,7 @@ struct Stream {
 class CollectingSink : public engine::OutputSink {
  public:
   void OnAccepted(int32_t, int32_t) override {}
-  bool OnDelta(engine::Delta delta) override {
+  bool OnDelta(const engine::Delta& delta) override {
     tokens.insert(tokens.end(), delta.token_ids.begin(), delta.token_ids.end());
     return true;
   }

@@ -50,7 +50,7 @@ void Witness::OnAccepted(int32_t prompt_tokens, int32_t cached_tokens) {
   }
 }
 
-bool Witness::OnDelta(engine::Delta delta) {
+bool Witness::OnDelta(const engine::Delta& delta) {
   if (!IsAliveFor("a delta")) return true;
   Output& output = outputs_[delta.index];
   if (output.finished || output.must_finish) {

@@ -46,7 +46,7 @@ class Witness final : public engine::OutputSink {
           int32_t refuse_after, Stage* stage);
 
   void OnAccepted(int32_t prompt_tokens, int32_t cached_tokens) override;
-  bool OnDelta(engine::Delta delta) override;
+  bool OnDelta(const engine::Delta& delta) override;
   void OnFinished(engine::Finished finished) override;
   void OnError(const absl::Status& status) override;
 

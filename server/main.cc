@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "server/config.h"
@@ -101,6 +102,8 @@ int Serve(const Config& config, std::shared_ptr<spdlog::logger> logger) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // Debian's abseil looks for cycles of locks at every lock taken, gRPC's included.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   const std::vector<std::string> args(argv + 1, argv + argc);
   const absl::StatusOr<CommandLine> line = resa::server::ParseCommandLine(args);
   if (!line.ok()) return Fail(line.status());

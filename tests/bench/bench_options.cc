@@ -1,6 +1,7 @@
 #include "tests/bench/bench_options.h"
 
-#include <array>
+#include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -141,6 +142,8 @@ void AddFlags(Raw* raw, FlagSet* flags) {
   flags->Add("threads", "N", "Threads; 0 takes all cores given (0).", &raw->threads);
   flags->Add("target", "NAME", "Instruction sets up to AVX2, AVX3 (AVX-512) or AVX3_DL (all).",
              &o.target);
+  flags->AddSwitch("cpu-bf16", "Use a CPU's bf16 instructions where it has them (true).",
+                   &o.cpu_bf16);
   flags->Add(
       "context", "N,...", "Tokens a decoded token attends to (1024).",
       [&o](absl::string_view text) { return ParseIntegers(text, 1, kMaxContext, &o.contexts); });

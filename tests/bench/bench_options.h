@@ -25,8 +25,9 @@ struct BenchOptions {
   std::string model;           // A Hugging Face directory or GGUF file.
 
   std::string device = "cpu";
-  int32_t threads = 0;  // 0: all cores given.
-  std::string target;   // Instruction set; empty: the best there is.
+  int32_t threads = 0;   // 0: all cores given.
+  std::string target;    // Instruction set; empty: the best there is.
+  bool cpu_bf16 = true;  // The CPU's bf16 instructions where it has them, as in the daemon.
 
   std::vector<int32_t> contexts = {1024};
   std::vector<int32_t> batches = {1};

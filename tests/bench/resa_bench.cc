@@ -70,7 +70,8 @@ absl::StatusOr<Device> MakeDevice(const BenchOptions& options) {
   }
   if (!kernels::CpuSupported()) return absl::UnavailableError("this CPU lacks AVX2 and FMA");
   RESA_RETURN_IF_ERROR(ChooseTarget(options.target));
-  return Device{kernels::CreateCpuOps({.threads = options.threads}), false};
+  const auto bf16 = options.cpu_bf16 ? kernels::Bf16Linear::kAuto : kernels::Bf16Linear::kOff;
+  return Device{kernels::CreateCpuOps({.threads = options.threads, .bf16_linear = bf16}), false};
 }
 
 // The better of a few, since a busy moment makes a ceiling look low and every share high.

@@ -24,6 +24,7 @@
 #include "engine/status_macros.h"
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_ops.h"
+#include "server/resources.h"
 #include "tests/bench/bench_options.h"
 #include "tests/bench/bench_report.h"
 #include "tests/bench/bench_results.h"
@@ -148,6 +149,21 @@ absl::StatusOr<engine::LoadedModel> MakeModel(const BenchOptions& options) {
   return MakeRandomModel(config, options.seed);
 }
 
+// A pool that the machine cannot hold would be killed for it half filled.
+absl::Status CheckMemory(const kernels::KvLayout& layout, const Needs& needs) {
+  int64_t pages = 0;
+  for (const int64_t length : needs.lengths) {
+    pages += engine::PagesFor(static_cast<int32_t>(length));
+  }
+  const int64_t bytes = pages * static_cast<int64_t>(layout.PageBytes());
+  RESA_ASSIGN_OR_RETURN(const int64_t available, server::MemoryAvailable());
+  std::fprintf(stderr, "filling %s of KV pool\n", server::FormatBytes(bytes).c_str());
+  if (bytes <= available) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the KV pool takes ", server::FormatBytes(bytes), " and ", server::FormatBytes(available),
+      " are to be had; shorten --context or --prefill, lower --batch, or cut the shape's layers"));
+}
+
 absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
   RESA_ASSIGN_OR_RETURN(Device device, MakeDevice(options));
   BenchReport report;
@@ -167,8 +183,7 @@ absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
   const PageDeal deal(static_cast<int>(needs.lengths.size()), needs.tokens, options.seed);
   report.layout =
       engine::LayoutFor(model.config, options.selector, kernels::DType::kBF16, deal.num_pages());
-  std::fprintf(stderr, "%s: filling %.2f GB of KV pool\n", report.model.c_str(),
-               static_cast<double>(report.layout.PageBytes() * report.layout.num_pages) / 1e9);
+  RESA_RETURN_IF_ERROR(CheckMemory(report.layout, needs));
   RESA_ASSIGN_OR_RETURN(const std::unique_ptr<engine::ModelExecutor> executor,
                         engine::ModelExecutor::Create(model.config, model.weights, report.layout,
                                                       needs.limits, &timed));

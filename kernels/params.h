@@ -193,10 +193,10 @@ struct QkvPostParams {
 //   (kernels/sketch.h has the constants). The query is rounded to s8 per head, the dot product with
 //   the codes is in integers. Estimated logit of a token with p planes:
 //   e = q_scale * token_scale_p * d^-1/2 * sum_j q8_j level_j;  score of a block: for each head the
-//   softmax of e over the tokens of the blocks that were scored, summed over the block, then summed
-//   over the heads. Read progressively, each pass scores the survivors of the one before with one
-//   plane more, and only they take part in its softmax and its ranking; the sink and the local
-//   blocks always survive.
+//   share of its tokens in the attention mass (mass(e) there, about exp(e)) of all tokens of the
+//   blocks that were scored, summed over the heads. Read progressively, each pass scores the
+//   survivors of the one before with one plane more, and only they take part in its shares and its
+//   ranking; the sink and the local blocks always survive.
 struct SelectParams {
   Matrix q;  // [T, Hq * d] after QkvPost
   int num_heads = 0;

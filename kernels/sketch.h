@@ -14,6 +14,12 @@
 // and the key for  level * <x, x> / <x, level>, unbiased along x (the estimator known from RaBitQ).
 // The factor is stored once per token, for the finest level kept; the coarser ones follow by
 // constants that hold for Gaussian components.
+//
+// What an estimated logit e weighs is its attention mass, exp(e) with straight lines between the
+// powers of two:
+//   mass(e) = 2^floor(x) (1 + x - floor(x)), x = e / ln 2.
+// It is at most 6.2 % above exp(e), which is little next to the noise of estimates, and for a float
+// no more than an integer added to its bits. Dividing by a power of two only shifts x.
 
 #include <bit>
 #include <cmath>

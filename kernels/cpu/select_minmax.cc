@@ -102,13 +102,11 @@ void SelectMinMaxImpl(Context& context, const SelectParams& p, OpCounters* count
   context.pool.For(static_cast<int64_t>(num_units), [&](int64_t task, int thread) {
     const SelectUnit& unit = units[task];
     Scratch& scratch = context.of_thread[static_cast<size_t>(thread)];
-    const size_t room = PadTopK(unit.blocks) + kTopKPadding;
-    scratch.Reset(2 * Scratch::BytesFor<uint32_t>(room));
-    uint32_t* const keys = scratch.Take<uint32_t>(room);
+    const size_t room = PadTopK(unit.blocks);
+    scratch.Reset(Scratch::BytesFor<uint32_t>(room));
     KeepBlocks(scores + unit.memory, unit.blocks, static_cast<size_t>(unit.row->keep_blocks),
                static_cast<size_t>(unit.row->sink_blocks),
-               static_cast<size_t>(unit.row->local_blocks), keys, scratch.Take<uint32_t>(room),
-               unit.ids);
+               static_cast<size_t>(unit.row->local_blocks), scratch.Take<uint32_t>(room), unit.ids);
   });
 }
 

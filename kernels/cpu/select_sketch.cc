@@ -22,6 +22,7 @@
 #include "kernels/cpu/select_plan.h"
 #include "kernels/cpu/simd-inl.h"
 #include "kernels/cpu/sketch_mass-inl.h"
+#include "kernels/cpu/sketch_plane-inl.h"
 #include "kernels/cpu/sketch_score-inl.h"
 #include "kernels/cpu/topk-inl.h"
 
@@ -140,52 +141,86 @@ class SketchSelect {
       counters_->descriptor_bytes +=
           static_cast<int64_t>(block_ * (reads * d_ / 8 + scales * sizeof(bf16)));
     }
-    context_.pool.For(static_cast<int64_t>(tasks), [&](int64_t task, int) {
+    for (int i = 0; i < context_.pool.threads(); ++i) BenchOf(i).unit = nullptr;
+    context_.pool.For(static_cast<int64_t>(tasks), [&](int64_t task, int thread) {
       const SelectUnit& unit = UnitOfTask(units_, num_units_, static_cast<size_t>(task));
       const size_t chunk = (static_cast<size_t>(task) - unit.first_task) * kChunksPerTask;
+      Workbench& bench = BenchOf(thread);
       switch (planes) {
         case 1:
-          return ScoreChunks<1>(unit, chunk);
+          return ScoreChunks<1>(unit, chunk, bench);
         case 2:
-          return ScoreChunks<2>(unit, chunk);
+          return ScoreChunks<2>(unit, chunk, bench);
         default:
-          return ScoreChunks<3>(unit, chunk);
+          return ScoreChunks<3>(unit, chunk, bench);
       }
     });
   }
 
+  // What a thread works with; its query is that of the unit and the pass it scored last.
+  struct Workbench {
+    const SelectUnit* unit;
+    SketchQuery query;
+    PlaneTables tables;
+    ChunkEstimates estimates;
+    alignas(64) uint32_t codes[kMaxQuads * kPairTokens];
+    alignas(64) uint8_t nibbles[kNibbles][kPairTokens];
+    alignas(64) uint32_t gathered[2][kMaxPageWords];
+  };
+  Workbench& BenchOf(int thread) const {
+    Scratch& scratch = context_.of_thread[static_cast<size_t>(thread)];
+    scratch.Reset(Scratch::BytesFor<Workbench>(1));
+    return *scratch.Take<Workbench>(1);
+  }
+
   // Scores the chunks [begin, begin + kChunksPerTask) of the unit's blocks, or of its survivors.
   template <int kPlanes>
-  void ScoreChunks(const SelectUnit& unit, size_t begin) const {
+  void ScoreChunks(const SelectUnit& unit, size_t begin, Workbench& bench) const {
     const UnitMemory memory = MemoryOf(memory_, unit, block_, group_);
     const int32_t* const survivors =
         kPlanes == FirstPlanes(spec_, unit) ? nullptr : memory.survivors;
     const size_t tokens = TokensToScore(unit, kPlanes, survivors);
     const size_t end = std::min(begin + kChunksPerTask, (tokens + kChunkTokens - 1) / kChunkTokens);
-    SketchQuery query;
-    PrepareQuery(QueriesOf(p_, unit), group_, d_, &query);
-    const float ratio = SketchScaleRatio(spec_.planes, kPlanes);
-    HWY_ALIGN uint32_t codes[kMaxQuads * kPairTokens];
-    HWY_ALIGN uint32_t gathered[2][kMaxPageWords];
-    ChunkEstimates estimates;
+    if (bench.unit != &unit) Prepare<kPlanes>(unit, bench);
     for (size_t chunk = begin; chunk < end; ++chunk) {
-      for (size_t g = 0; g < group_; ++g) std::fill_n(estimates.top[g], kLanes, kNoEstimate);
       const size_t first = chunk * kChunkTokens;
       const size_t count = std::min(kChunkTokens, tokens - first);
       size_t at = 0;
       for (; at < count; at += kPairTokens) {
-        PagePair pair = {{gathered[0], gathered[1]}, std::min(kPairTokens, count - at)};
+        PagePair pair = {{bench.gathered[0], bench.gathered[1]}, std::min(kPairTokens, count - at)};
         if (survivors == nullptr) {
           PointToPages(unit, (first + at) / kPageTokens, &pair);
         } else {
-          GatherBlocks(unit, survivors + (first + at) / block_, kPlanes, pair.tokens, gathered);
+          GatherBlocks(unit, survivors + (first + at) / block_, kPlanes, pair.tokens,
+                       bench.gathered);
         }
-        UnpackPair<kPlanes>(pair, d_, codes);
-        TokenFactors factors;
-        ReadScales(pair, scales_at_, &factors);
-        EstimatePair<kPlanes>(codes, d_, group_, query, factors, ratio, at, &estimates);
+        ScorePair<kPlanes>(pair, at, bench);
       }
-      MassOfChunk(estimates, group_, at, chunk, block_, memory.masses);
+      MassOfChunk(bench.estimates, group_, at, chunk, block_, memory.masses);
+    }
+  }
+
+  template <int kPlanes>
+  void Prepare(const SelectUnit& unit, Workbench& bench) const {
+    bench.unit = &unit;
+    PrepareQuery<kPlanes>(QueriesOf(p_, unit), group_, d_, SketchScaleRatio(spec_.planes, kPlanes),
+                          &bench.query);
+    if constexpr (kPlanes == 1 && kReadPlaneByTables) {
+      PrepareTables(bench.query, group_, d_, &bench.tables);
+    }
+  }
+
+  template <int kPlanes>
+  void ScorePair(const PagePair& pair, size_t at, Workbench& bench) const {
+    TokenFactors factors;
+    ReadScales(pair, scales_at_, &factors);
+    if constexpr (kPlanes == 1 && kReadPlaneByTables) {
+      UnpackNibbles(pair, d_, bench.nibbles);
+      EstimatePairByTables(bench.nibbles, d_, group_, bench.query, bench.tables, factors, at,
+                           &bench.estimates);
+    } else {
+      UnpackPair<kPlanes>(pair, d_, bench.codes);
+      EstimatePair(bench.codes, d_, group_, bench.query, factors, at, &bench.estimates);
     }
   }
 
@@ -248,11 +283,10 @@ class SketchSelect {
 
   void RankUnit(const SelectUnit& unit, int planes, Scratch* scratch) const {
     const size_t blocks = BlocksToScore(unit, planes);
-    const size_t room = PadTopK(blocks) + kTopKPadding;
-    scratch->Reset(Scratch::BytesFor<float>(room) + 2 * Scratch::BytesFor<uint32_t>(room));
+    const size_t room = PadTopK(blocks);
+    scratch->Reset(Scratch::BytesFor<float>(room) + Scratch::BytesFor<uint32_t>(room));
     float* const scores = scratch->Take<float>(room);
     uint32_t* const keys = scratch->Take<uint32_t>(room);
-    uint32_t* const live = scratch->Take<uint32_t>(room);
     const UnitMemory memory = MemoryOf(memory_, unit, block_, group_);
     ScoresOfMasses(memory.masses, group_, blocks, block_, scores);
     const bool last = planes == spec_.planes;
@@ -261,7 +295,7 @@ class SketchSelect {
     // Sink and local blocks survive each pass, so they are the first and the last of its list.
     auto* const ranks = last ? unit.ids : reinterpret_cast<int32_t*>(scores);
     KeepBlocks(scores, blocks, count, static_cast<size_t>(unit.row->sink_blocks),
-               static_cast<size_t>(unit.row->local_blocks), keys, live, ranks);
+               static_cast<size_t>(unit.row->local_blocks), keys, ranks);
     const bool whole = planes == FirstPlanes(spec_, unit);
     int32_t* const ids = last ? unit.ids : memory.survivors;
     for (size_t i = 0; i < count; ++i) ids[i] = whole ? ranks[i] : memory.survivors[ranks[i]];

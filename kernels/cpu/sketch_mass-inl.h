@@ -1,10 +1,12 @@
 // Turns a chunk's estimates into its blocks' masses, and masses into scores. Compiled once per
 // instruction set.
 //
-// A mass is a sum of 2^(estimate - m), m the largest estimate of the head in the chunk, so that a
-// chunk needs one m per head; ranking then brings all chunks to a common maximum. Masses are kept
-// times 2^58: a block may weigh 2^-184 of the best and still be told from nothing, and products
-// with the weights of chunks stay clear of denormal numbers, which are slow.
+// The mass of an estimate x (kernels/sketch.h) is the float whose bits are those of 1.0f plus
+// 2^23 x: straight lines between the powers of two. A chunk keeps masses relative to 2^m, m the
+// head's largest estimate in the chunk rounded up, so that it needs one m per head; ranking then
+// brings all chunks to a common one. Both steps scale by powers of two, which changes no mantissa.
+// Masses are kept times 2^58: a block may weigh 2^-184 of the best and still be told from nothing,
+// and products with the weights of chunks stay clear of denormal numbers, which are slow.
 
 #if defined(RESA_KERNELS_CPU_SKETCH_MASS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef RESA_KERNELS_CPU_SKETCH_MASS_INL_H_
@@ -14,6 +16,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 
 #include "hwy/highway.h"
@@ -24,32 +27,33 @@ HWY_BEFORE_NAMESPACE();
 namespace resa::kernels::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr float kMassExponent = 58.0f;
+constexpr float kMassOctaves = 58.0f;
 constexpr size_t kMassTokens = 64;  // Four pages: masses are summed this many tokens at a time.
 
-// 2^x by 2^k p(r), r = x - k in [-0.5, 0.5], p of degree 5 with the least relative error (8e-8).
-// x <= 127; below -126 the result is 0.
-HWY_INLINE VF Exp2(VF x) {
-  const DF d;
+// To the nearest integer, ties to even; the least one for all that are too low. x < 2^31, so that
+// Highway's care for numbers too large can be left out.
+HWY_INLINE VI32 NearestOrLeast(VF x) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+  return VI32{_mm512_cvtps_epi32(x.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  return VI32{_mm256_cvtps_epi32(x.raw)};
+#else
+  return hn::NearestInt(x);
+#endif
+}
+
+// The mass of x = estimate - base, 2^23 times both given; 0 below 2^-127. x < 128.
+HWY_INLINE VF MassOf(VF estimate, VF base) {
   const DI32 di;
-  const VF magic = hn::Set(d, 12582912.0f);  // 1.5 2^23: the sum's low bits are the integer k.
-  const VF shifted = hn::Add(x, magic);
-  const VF r = hn::Sub(x, hn::Sub(shifted, magic));
-  VF p = hn::Set(d, 0.001327647198f);
-  p = hn::MulAdd(p, r, hn::Set(d, 0.009675541334f));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.05550713274f));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.2402211972f));
-  p = hn::MulAdd(p, r, hn::Set(d, 0.6931469671f));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.000000072f));
-  const auto exponent = hn::ShiftLeft<23>(hn::BitCast(di, shifted));
-  const VF result = hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0f)), result);
+  const auto steps = NearestOrLeast(hn::Sub(estimate, base));
+  const auto bits = hn::Add(steps, hn::Set(di, 0x3f800000));
+  return hn::BitCast(DF(), hn::Max(bits, hn::Zero(di)));
 }
 
 // A unit's masses of one pass: blocks in the order they were scored, chunks of kChunkTokens.
 struct Masses {
   float* of_block;      // [group][stride]
-  float* chunk_top;     // [group][chunk_stride]: m
+  float* chunk_top;     // [group][chunk_stride]: m, as estimates are
   float* chunk_sum;     // [group][chunk_stride]: the sum of the chunk's masses
   size_t stride;        // Whole chunks.
   size_t chunk_stride;  // A multiple of kTopKPadding.
@@ -73,22 +77,32 @@ HWY_INLINE void StoreBlockSums(const float* quarters, size_t block_tokens, float
   }
 }
 
+// The largest of a head's estimates, rounded up to a whole power of two; `tokens` is a multiple of
+// kMassTokens.
+inline float TopOf(const float* estimates, size_t tokens) {
+  const DF d;
+  VF top0 = hn::Load(d, estimates), top1 = top0;
+  for (size_t t = 0; t < tokens; t += 2 * kLanes) {
+    top0 = hn::Max(top0, hn::Load(d, estimates + t));
+    top1 = hn::Max(top1, hn::Load(d, estimates + t + kLanes));
+  }
+  return std::ceil(Max1(hn::Max(top0, top1)) * (1.0f / kOctave)) * kOctave;
+}
+
 // The masses of the blocks of `tokens` tokens (a multiple of kMassTokens) of one head, relative to
-// 2^top; returns their sum.
+// that of `top`; returns their sum.
 inline float MassOfBlocks(const float* estimates, size_t tokens, float top, size_t block_tokens,
                           float* masses) {
   const DF d;
-  const VF shift = hn::Set(d, top - kMassExponent);
+  const VF base = hn::Set(d, top - kMassOctaves * kOctave);
   VF total = hn::Zero(d);
   for (size_t t = 0; t < tokens; t += kMassTokens) {
-    VF p[kMassTokens / kLanes];
-    for (size_t v = 0; v < kMassTokens / kLanes; ++v) {
-      p[v] = Exp2(hn::Sub(hn::Load(d, estimates + t + v * kLanes), shift));
-    }
     HWY_ALIGN float quarters[kPageTokens];
     for (size_t v = 0; v < kPageVectors; ++v) {
-      const VF sums =
-          SumBlocksOf4(p[v], p[kPageVectors + v], p[2 * kPageVectors + v], p[3 * kPageVectors + v]);
+      const auto mass_of = [&](size_t page) {
+        return MassOf(hn::Load(d, estimates + t + page * kPageTokens + v * kLanes), base);
+      };
+      const VF sums = SumBlocksOf4(mass_of(0), mass_of(1), mass_of(2), mass_of(3));
       hn::Store(sums, d, quarters + v * kLanes);
       total = hn::Add(total, sums);
     }
@@ -104,7 +118,7 @@ inline void MassOfChunk(ChunkEstimates& estimates, size_t group, size_t tokens, 
   for (size_t g = 0; g < group; ++g) {
     float* const of_head = estimates.of_head[g];
     std::fill(of_head + tokens, of_head + padded, kNoEstimate);
-    const float top = Max1(hn::Load(DF(), estimates.top[g]));
+    const float top = TopOf(of_head, padded);
     float* const to = masses.of_block + g * masses.stride + chunk * kChunkTokens / block_tokens;
     const size_t at = g * masses.chunk_stride + chunk;
     masses.chunk_top[at] = top;
@@ -123,10 +137,10 @@ inline void WeighChunks(const Masses& masses, size_t group, size_t chunks) {
     std::fill(sum + chunks, sum + masses.chunk_stride, 0.0f);
     VF most = hn::Set(d, kNoEstimate);
     for (size_t c = 0; c < chunks; c += kLanes) most = hn::Max(most, hn::Load(d, top + c));
-    const VF shift = hn::Set(d, Max1(most));
+    const VF base = hn::Set(d, Max1(most));
     VF total = hn::Zero(d);
     for (size_t c = 0; c < chunks; c += kLanes) {
-      const VF weight = Exp2(hn::Sub(hn::Load(d, top + c), shift));
+      const VF weight = MassOf(hn::Load(d, top + c), base);
       total = hn::MulAdd(weight, hn::Load(d, sum + c), total);
       hn::Store(weight, d, top + c);
     }

@@ -36,9 +36,10 @@ constexpr size_t kPairTokens = 2 * kPageTokens;  // Tokens scored at a time.
 constexpr size_t kPageVectors = kPageTokens / kLanes;
 constexpr size_t kPairVectors = kPairTokens / kLanes;
 constexpr size_t kMaxQuads = kMaxHeadDim / 4;
-constexpr float kNoEstimate = -1e30f;  // Of a token that does not count; weighs nothing.
+constexpr float kOctave = 8388608.0f;  // 2^23, the unit of estimates: a step of a float's mantissa.
+constexpr float kNoEstimate = -1e36f;  // Of a token that does not count; weighs nothing.
 // Queries and scales past this count as not finite, so that no product of theirs overflows.
-constexpr float kLargestFactor = 1e16f;
+constexpr float kLargestFactor = 1e12f;
 
 // ---- the multiply-add of four u8 codes with four s8 queries -------------------------------------
 
@@ -48,7 +49,7 @@ using VI32 = hn::Vec<DI32>;
 
 #if HWY_TARGET == HWY_AVX3_DL  // One instruction adds four products to a 32-bit lane.
 using DotSums = VI32;
-HWY_INLINE DotSums StartDot(int32_t start) { return hn::Set(DI32(), start); }
+HWY_INLINE DotSums StartDot(VI32 start) { return start; }
 HWY_INLINE DotSums AddProducts(DotSums sums, VU32 codes, VI32 query) {
   // Not by its intrinsic, which Highway 1.0's flags for this target leave out.
   asm("vpdpbusd %2, %1, %0" : "+v"(sums.raw) : "v"(codes.raw), "v"(query.raw));
@@ -57,8 +58,8 @@ HWY_INLINE DotSums AddProducts(DotSums sums, VU32 codes, VI32 query) {
 HWY_INLINE VI32 FinishDot(DotSums sums) { return sums; }
 #else  // Two 16-bit sums per lane. They cannot overflow: kernels/sketch.h bounds a whole product.
 using DotSums = VI16;
-HWY_INLINE DotSums StartDot(int32_t start) {  // In one half of the lane.
-  return hn::BitCast(DI16(), hn::Set(DI32(), start & 0xffff));
+HWY_INLINE DotSums StartDot(VI32 start) {  // In one half of the lane.
+  return hn::BitCast(DI16(), hn::And(start, hn::Set(DI32(), 0xffff)));
 }
 HWY_INLINE DotSums AddProducts(DotSums sums, VU32 codes, VI32 query) {
 #if HWY_TARGET == HWY_AVX3
@@ -95,24 +96,28 @@ constexpr size_t kQuadCopies = HWY_MAX_BYTES == 64 ? 1 : kLanes;
 constexpr size_t kTileHeads = 8;
 constexpr size_t kTileVectors = HWY_MAX_BYTES == 64 ? 2 : 1;
 
-HWY_INLINE VI32 LoadQuad(const int32_t* quads, size_t quad) {
+HWY_INLINE VI32 LoadQuad(const int32_t* quad) {
   if constexpr (kQuadCopies == 1) {
-    return hn::Set(DI32(), quads[quad]);
+    return hn::Set(DI32(), *quad);
   } else {
-    return hn::Load(DI32(), quads + quad * kQuadCopies);
+    return hn::Load(DI32(), quad);
   }
 }
 
-// A unit's queries: rotated, rounded to s8 and laid out as the codes are.
+constexpr size_t kQueryStride = kMaxQuads * kQuadCopies;
+
+// A unit's queries as one pass needs them, each value in all lanes: rotated, rounded to s8 and laid
+// out as the codes are.
 struct SketchQuery {
-  alignas(64) int32_t quads[kMaxGroup][kMaxQuads * kQuadCopies];  // Four s8 each.
-  int32_t sum[kMaxGroup];                                         // Of a head's s8 values
-  float scale[kMaxGroup];  // s8 step times d^-1/2 log2(e): estimates are powers of two.
+  alignas(64) int32_t quads[kMaxGroup][kQueryStride];  // Four s8 each.
+  alignas(64) int8_t rounded[kMaxGroup][kMaxHeadDim];  // The s8 values in order.
+  alignas(64) int32_t start[kMaxGroup][kLanes];        // What the sums of products begin with.
+  alignas(64) float scale[kMaxGroup][kLanes];  // s8 step d^-1/2 log2(e) 2^23 of the planes read
 };
 
 // One head's query; a query that is not finite counts as zero.
-template <size_t kDim>
-void PrepareHead(const float* q, size_t g, SketchQuery* out) {
+template <int kPlanes, size_t kDim>
+void PrepareHead(const float* q, size_t g, float ratio, SketchQuery* out) {
   const DF d;
   const DI32 di;
   VF x[kDim / kLanes];
@@ -130,7 +135,7 @@ void PrepareHead(const float* q, size_t g, SketchQuery* out) {
   const float scale = total < kLargestFactor ? top / kSketchQueryRange : 0.0f;
   const bool counts = scale > 0.0f;
   const VF inverse = hn::Set(d, counts ? 1.0f / scale : 0.0f);
-  HWY_ALIGN int8_t rounded[kDim];
+  int8_t* const rounded = out->rounded[g];
   auto sum = hn::Zero(di);
   for (size_t i = 0; i < kDim / kLanes; ++i) {
     const auto value = counts ? hn::NearestInt(hn::Mul(x[i], inverse)) : hn::Zero(di);
@@ -138,23 +143,31 @@ void PrepareHead(const float* q, size_t g, SketchQuery* out) {
     hn::StoreU(hn::DemoteTo(d8, value), d8, rounded + i * kLanes);
     sum = hn::Add(sum, value);
   }
-  for (size_t quad = 0; quad < kDim / 4; ++quad) {
-    int8_t bytes[4];
-    for (size_t b = 0; b < 4; ++b) bytes[b] = rounded[quad / 8 * 32 + b * 8 + quad % 8];
-    int32_t packed;
-    std::memcpy(&packed, bytes, 4);
-    std::fill_n(out->quads[g] + quad * kQuadCopies, kQuadCopies, packed);
+  const hn::CappedTag<int8_t, 8> d8;
+  for (size_t j = 0; j < kDim; j += 32) {
+    HWY_ALIGN int32_t quads[8];
+    hn::StoreInterleaved4(hn::Load(d8, rounded + j), hn::Load(d8, rounded + j + 8),
+                          hn::Load(d8, rounded + j + 16), hn::Load(d8, rounded + j + 24), d8,
+                          reinterpret_cast<int8_t*>(quads));
+    for (size_t i = 0; i < 8; ++i) {
+      std::fill_n(out->quads[g] + (j / 4 + i) * kQuadCopies, kQuadCopies, quads[i]);
+    }
   }
-  out->sum[g] = hn::GetLane(hn::SumOfLanes(di, sum));
-  out->scale[g] = scale * 1.44269504088896341f / std::sqrt(static_cast<float>(kDim));
+  const int32_t start = -((1 << kPlanes) - 1) * hn::GetLane(hn::SumOfLanes(di, sum));
+  std::fill_n(out->start[g], kLanes, start);
+  const float octaves = 1.44269504088896341f * kOctave;
+  const float per_root = 1.0f / std::sqrt(static_cast<float>(kDim));
+  std::fill_n(out->scale[g], kLanes, scale * ratio * octaves * per_root);
 }
 
-inline void PrepareQuery(const float* q, size_t group, size_t d, SketchQuery* out) {
+// `ratio` turns stored scales into those of kPlanes.
+template <int kPlanes>
+void PrepareQuery(const float* q, size_t group, size_t d, float ratio, SketchQuery* out) {
   for (size_t g = 0; g < group; ++g) {
     if (d == 64) {
-      PrepareHead<64>(q + g * d, g, out);
+      PrepareHead<kPlanes, 64>(q + g * d, g, ratio, out);
     } else {
-      PrepareHead<128>(q + g * d, g, out);
+      PrepareHead<kPlanes, 128>(q + g * d, g, ratio, out);
     }
   }
 }
@@ -267,90 +280,78 @@ HWY_INLINE void ReadScales(const PagePair& pair, size_t scales_at, TokenFactors*
 // ---- estimates
 // ------------------------------------------------------------------------------------
 
-// Where the estimates of a chunk go, in units of ln 2, and what they reach.
+// The estimates of a chunk, x = e log2(e) in units of 2^-23.
 constexpr size_t kChunkTokens = 512;
 struct ChunkEstimates {
   alignas(64) float of_head[kMaxGroup][kChunkTokens];
-  alignas(64) float top[kMaxGroup][kLanes];
 };
 
-// Adds the dot products of the heads g, g + 1, ... with the codes of kTileVectors vectors.
+// Heads [g, g + kHeads) of 32 tokens, at tokens [at, at + 32) of the chunk.
 template <size_t kHeads>
-HWY_INLINE void DotTile(const uint32_t* codes, size_t quads, const SketchQuery& query, size_t g,
-                        DotSums (&sums)[kHeads][kTileVectors]) {
-  for (size_t quad = 0; quad < quads; ++quad) {
-    VU32 c[kTileVectors];
-    for (size_t v = 0; v < kTileVectors; ++v) {
-      c[v] = hn::Load(DU32(), codes + quad * kPairTokens + v * kLanes);
-    }
-    for (size_t h = 0; h < kHeads; ++h) {
-      const VI32 q = LoadQuad(query.quads[g + h], quad);
-      for (size_t v = 0; v < kTileVectors; ++v) sums[h][v] = AddProducts(sums[h][v], c[v], q);
-    }
-  }
-}
-
-// Heads [g, g + kHeads) of 32 tokens, at tokens [at, at + 32) of the chunk. `ratio` turns stored
-// scales into those of kPlanes.
-template <int kPlanes, size_t kHeads>
 void EstimateHeads(const uint32_t* codes, size_t quads, const SketchQuery& query, size_t g,
-                   const TokenFactors& tokens, float ratio, size_t at, ChunkEstimates* out) {
+                   const TokenFactors& tokens, size_t at, ChunkEstimates* out) {
   const DF df;
   for (size_t v = 0; v < kPairVectors; v += kTileVectors) {
+    const size_t token = v * kLanes;
     DotSums sums[kHeads][kTileVectors];
     for (size_t h = 0; h < kHeads; ++h) {
-      const int32_t start = -((1 << kPlanes) - 1) * query.sum[g + h];
+      const VI32 start = hn::Load(DI32(), query.start[g] + h * kLanes);
       for (size_t i = 0; i < kTileVectors; ++i) sums[h][i] = StartDot(start);
     }
-    DotTile<kHeads>(codes + v * kLanes, quads, query, g, sums);
-    for (size_t h = 0; h < kHeads; ++h) {
-      const VF factor = hn::Set(df, query.scale[g + h] * ratio);
-      VF top = hn::Load(df, out->top[g + h]);
-      for (size_t i = 0; i < kTileVectors; ++i) {
-        const size_t token = (v + i) * kLanes;
-        const VF scaled = hn::Mul(hn::ConvertTo(df, FinishDot(sums[h][i])), factor);
-        const VF estimate = hn::MulAdd(scaled, hn::Load(df, tokens.scale + token),
-                                       hn::Load(df, tokens.offset + token));
-        hn::Store(estimate, df, out->of_head[g + h] + at + token);
-        top = hn::Max(top, estimate);
+    const uint32_t* code = codes + token;
+    const int32_t* quad = query.quads[g];
+    for (size_t n = 0; n < quads; ++n, code += kPairTokens, quad += kQuadCopies) {
+      VU32 c[kTileVectors];
+      for (size_t i = 0; i < kTileVectors; ++i) c[i] = hn::Load(DU32(), code + i * kLanes);
+      for (size_t h = 0; h < kHeads; ++h) {
+        const VI32 q = LoadQuad(quad + h * kQueryStride);
+        for (size_t i = 0; i < kTileVectors; ++i) sums[h][i] = AddProducts(sums[h][i], c[i], q);
       }
-      hn::Store(top, df, out->top[g + h]);
+    }
+    float* const to = out->of_head[g] + at + token;
+    for (size_t i = 0; i < kTileVectors; ++i) {
+      const VF scale = hn::Load(df, tokens.scale + token + i * kLanes);
+      const VF offset = hn::Load(df, tokens.offset + token + i * kLanes);
+      for (size_t h = 0; h < kHeads; ++h) {
+        const VF dot = hn::ConvertTo(df, FinishDot(sums[h][i]));
+        const VF scaled = hn::Mul(dot, hn::Load(df, query.scale[g] + h * kLanes));
+        hn::Store(hn::MulAdd(scaled, scale, offset), df, to + h * kChunkTokens + i * kLanes);
+      }
     }
   }
 }
 
 // All heads of the group, in tiles of nearly equal size.
-template <int kPlanes>
-void EstimatePair(const uint32_t* codes, size_t d, size_t group, const SketchQuery& query,
-                  const TokenFactors& tokens, float ratio, size_t at, ChunkEstimates* out) {
+inline void EstimatePair(const uint32_t* codes, size_t d, size_t group, const SketchQuery& query,
+                         const TokenFactors& tokens, size_t at, ChunkEstimates* out) {
   const size_t quads = d / 4;
   for (size_t g = 0, heads; g < group; g += heads) {
     const size_t tiles = (group - g + kTileHeads - 1) / kTileHeads;
     heads = (group - g + tiles - 1) / tiles;
     switch (heads) {
       case 1:
-        EstimateHeads<kPlanes, 1>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<1>(codes, quads, query, g, tokens, at, out);
         break;
       case 2:
-        EstimateHeads<kPlanes, 2>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<2>(codes, quads, query, g, tokens, at, out);
         break;
       case 3:
-        EstimateHeads<kPlanes, 3>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<3>(codes, quads, query, g, tokens, at, out);
         break;
       case 4:
-        EstimateHeads<kPlanes, 4>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<4>(codes, quads, query, g, tokens, at, out);
         break;
       case 5:
-        EstimateHeads<kPlanes, 5>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<5>(codes, quads, query, g, tokens, at, out);
         break;
       case 6:
-        EstimateHeads<kPlanes, 6>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<6>(codes, quads, query, g, tokens, at, out);
         break;
       case 7:
-        EstimateHeads<kPlanes, 7>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<7>(codes, quads, query, g, tokens, at, out);
         break;
       default:
-        EstimateHeads<kPlanes, 8>(codes, quads, query, g, tokens, ratio, at, out);
+        EstimateHeads<8>(codes, quads, query, g, tokens, at, out);
         break;
     }
   }

@@ -20,7 +20,7 @@ namespace resa::kernels::cpu {
 namespace HWY_NAMESPACE {
 
 // Scores and keys are padded to a multiple of this; the padding of scores need not be set.
-constexpr size_t kTopKPadding = 16;
+constexpr size_t kTopKPadding = 32;
 inline size_t PadTopK(size_t n) { return (n + kTopKPadding - 1) / kTopKPadding * kTopKPadding; }
 
 // keys[i] rises with scores[i]: +0 and -0 alike, NaN lowest of all. Padding gets 0.
@@ -37,56 +37,37 @@ inline void MakeKeys(const float* scores, size_t n, uint32_t* keys) {
   std::fill(keys + n, keys + PadTopK(n), 0u);
 }
 
+// Keys are padded (MakeKeys); the bound is above 0, which the padding holds.
 inline size_t CountAtLeast(const uint32_t* keys, size_t n, uint32_t bound) {
   const DU32 du;
   const VU32 limit = hn::Set(du, bound);
-  size_t count = 0;
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    count += kLanes - hn::CountTrue(du, hn::Lt(hn::LoadU(du, keys + i), limit));
+  // Each lane counts the keys below the bound: a mask is minus one.
+  VU32 below0 = hn::Zero(du), below1 = hn::Zero(du);
+  for (size_t i = 0; i < n; i += 2 * kLanes) {
+    below0 = hn::Sub(below0, hn::VecFromMask(du, hn::Lt(hn::LoadU(du, keys + i), limit)));
+    below1 = hn::Sub(below1, hn::VecFromMask(du, hn::Lt(hn::LoadU(du, keys + i + kLanes), limit)));
   }
-  for (; i < n; ++i) count += keys[i] >= bound ? 1 : 0;
-  return count;
+  const size_t total = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  return total - hn::GetLane(hn::SumOfLanes(du, hn::Add(below0, below1)));
 }
 
-// Keeps in place the keys on one side of `bound`; the buffer has kTopKPadding entries to spare.
-inline size_t Keep(uint32_t* keys, size_t n, uint32_t bound, bool at_least) {
-  const DU32 du;
-  const VU32 limit = hn::Set(du, bound);
-  size_t kept = 0;
-  for (size_t i = 0; i < n; i += kLanes) {
-    const VU32 key = hn::LoadU(du, keys + i);
-    auto mask = hn::Lt(key, limit);
-    if (at_least) mask = hn::Not(mask);
-    mask = hn::And(mask, hn::FirstN(du, n - i));
-    kept += hn::CompressStore(key, mask, du, keys + kept);
-  }
-  return kept;
-}
-
-// The k-th largest of keys[0, n), 1 <= k <= n, found bit by bit from the top among those still in
-// question. `live` has room for n + kTopKPadding and is overwritten.
-inline uint32_t KthLargest(const uint32_t* keys, size_t n, size_t k, uint32_t* live) {
-  std::copy_n(keys, n, live);
+// The least key among the k largest of keys[0, n), or a bound that parts them from all others;
+// 1 <= k <= n. Found bit by bit from the top: a pass over the keys costs little next to scoring.
+inline uint32_t KthLargest(const uint32_t* keys, size_t n, size_t k) {
   uint32_t found = 0;
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t bound = found | (uint32_t{1} << bit);
-    const size_t above = CountAtLeast(live, n, bound);
-    const bool at_least = above >= k;
-    if (at_least) found = bound;
-    const size_t kept = at_least ? above : n - above;
-    if (kept * 4 > n * 3)
-      continue;  // Not worth a pass; nothing is lost by carrying the rest along.
-    if (!at_least) k -= above;
-    n = Keep(live, n, bound, at_least);
+    const size_t count = CountAtLeast(keys, n, bound);
+    if (count >= k) found = bound;
+    if (count == k) break;
   }
   return found;
 }
 
 // The ids of the k largest keys, ties to the lower id, ascending. Keys are padded (MakeKeys).
-inline void LargestIds(const uint32_t* keys, size_t n, size_t k, uint32_t* live, int32_t* ids) {
+inline void LargestIds(const uint32_t* keys, size_t n, size_t k, int32_t* ids) {
   const DU32 du;
-  const uint32_t threshold = KthLargest(keys, n, k, live);
+  const uint32_t threshold = KthLargest(keys, n, k);
   const size_t above = threshold == UINT32_MAX ? 0 : CountAtLeast(keys, n, threshold + 1);
   size_t ties = k - above;
   size_t count = 0;
@@ -109,13 +90,13 @@ inline void LargestIds(const uint32_t* keys, size_t n, size_t k, uint32_t* live,
 }
 
 // The kept blocks of a row: the first `sink`, the last `local`, and the best of the rest.
-// keys, live: [PadTopK(n) + kTopKPadding].
+// keys: [PadTopK(n)], overwritten.
 inline void KeepBlocks(const float* scores, size_t n, size_t keep, size_t sink, size_t local,
-                       uint32_t* keys, uint32_t* live, int32_t* ids) {
+                       uint32_t* keys, int32_t* ids) {
   MakeKeys(scores, n, keys);
   std::fill_n(keys, std::min(sink, n), UINT32_MAX);
   std::fill_n(keys + n - std::min(local, n), std::min(local, n), UINT32_MAX);
-  LargestIds(keys, n, keep, live, ids);
+  LargestIds(keys, n, keep, ids);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -131,6 +131,23 @@ class Bench {
       return {pages.data(), static_cast<int64_t>(pages.size())};
     }
   };
+  // Bounds like keys for minmax; for a sketch random bits, and scales around 1/25 as for keys of
+  // rms 1/8 at three planes.
+  void FillDescriptors(const kernels::KvLayout& layout, std::byte* to) {
+    const size_t run = layout.DescriptorRunBytes();
+    const size_t scales =
+        layout.selector.kind == SelectorKind::kMinMax ? 0 : run - 2 * kernels::kPageTokens;
+    const std::vector<bf16> values = Bf16s(static_cast<int64_t>(layout.LayerDescriptorBytes() / 2));
+    std::memcpy(to, values.data(), layout.LayerDescriptorBytes());
+    uint32_t state = 1;
+    for (size_t at = 0; at < layout.LayerDescriptorBytes(); at += run) {
+      for (size_t i = 0; i < scales; ++i) {
+        state = state * 1664525u + 1013904223u;
+        to[at + i] = static_cast<std::byte>(state >> 24);
+      }
+      if (scales > 0) std::memset(to + at + scales, 0x3d, run - scales);
+    }
+  }
   World MakeWorld(int heads, int kv_heads, int d, int tokens, int rows, const SelectorSpec& spec) {
     World w;
     const int64_t pages = (tokens + kernels::kPageTokens - 1) / kernels::kPageTokens;
@@ -146,7 +163,7 @@ class Bench {
     const std::vector<bf16> values = Bf16s(pages * kv_heads * kernels::kPageTokens * d);
     ops_->Upload(w.k->data(), values.data(), w.k->bytes());
     ops_->Upload(w.v->data(), values.data(), w.v->bytes());
-    std::memset(w.descriptors->data(), 0x3d, w.descriptors->bytes());
+    FillDescriptors(w.layout, w.descriptors->data());
     w.pages.resize(static_cast<size_t>(pages));
     std::iota(w.pages.begin(), w.pages.end(), 0);
     std::shuffle(w.pages.begin(), w.pages.end(), rng_);

@@ -103,6 +103,13 @@ std::vector<Membership> MembershipOfBest(std::span<const Interval> scores, size_
   return membership;
 }
 
+// The attention mass of an estimated logit, divided by 2^octaves: exp by straight lines between the
+// powers of two.
+double MassOf(double logit, double octaves) {
+  const double x = logit / std::log(2.0) - octaves;
+  return std::exp2(std::floor(x)) * (1 + x - std::floor(x));
+}
+
 // The blocks that one pass of progressive reading scores.
 struct Survivors {
   explicit Survivors(size_t blocks) : membership(blocks, Membership::kIn), best(blocks, true) {}
@@ -125,23 +132,7 @@ struct Survivors {
   std::vector<bool> best;  // By exact arithmetic.
 };
 
-// log sum exp of `which` over the tokens of the blocks that `counts` picks.
-template <class Counts>
-double LogSumExp(const std::vector<Interval>& logits, int block_tokens, double Interval::*which,
-                 const Counts& counts) {
-  double top = -std::numeric_limits<double>::infinity();
-  for (size_t t = 0; t < logits.size(); ++t) {
-    if (counts(t / block_tokens)) top = std::max(top, logits[t].*which);
-  }
-  if (std::isinf(top)) return top;
-  double sum = 0;
-  for (size_t t = 0; t < logits.size(); ++t) {
-    if (counts(t / block_tokens)) sum += std::exp(logits[t].*which - top);
-  }
-  return top + std::log(sum);
-}
-
-// Per head the softmax over the tokens of the survivors, summed over each block, then over heads;
+// Per head the share of each survivor's tokens in the mass of all survivors', summed over heads;
 // kNotScored for blocks that are none. estimates: [head][token].
 constexpr double kNotScored = -1;
 std::vector<Interval> MassOfBlocks(const std::vector<std::vector<Interval>>& estimates,
@@ -149,18 +140,25 @@ std::vector<Interval> MassOfBlocks(const std::vector<std::vector<Interval>>& est
   const std::vector<Membership>& membership = survivors.membership;
   std::vector<Interval> mass(membership.size());
   for (const std::vector<Interval>& head : estimates) {
-    // Blocks that may take part make the others' shares smaller, at the most by this much.
-    const double low = LogSumExp(head, block_tokens, &Interval::low,
-                                 [&](size_t i) { return membership[i] == Membership::kIn; });
-    const double high = LogSumExp(head, block_tokens, &Interval::high,
-                                  [&](size_t i) { return membership[i] != Membership::kOut; });
-    const double value = LogSumExp(head, block_tokens, &Interval::value,
-                                   [&](size_t i) { return survivors.best[i]; });
+    // Shares do not change when all masses are divided by the same power of two.
+    double top = -std::numeric_limits<double>::infinity();
+    for (size_t t = 0; t < head.size(); ++t) {
+      if (membership[t / block_tokens] != Membership::kOut) top = std::max(top, head[t].high);
+    }
+    const double octaves = std::ceil(top / std::log(2.0));
+    Interval sum;
+    for (size_t t = 0; t < head.size(); ++t) {
+      const size_t block = t / block_tokens;
+      // Blocks that may take part make the others' shares smaller, at the most by this much.
+      if (membership[block] == Membership::kIn) sum.low += MassOf(head[t].low, octaves);
+      if (membership[block] != Membership::kOut) sum.high += MassOf(head[t].high, octaves);
+      if (survivors.best[block]) sum.value += MassOf(head[t].value, octaves);
+    }
     for (size_t t = 0; t < head.size(); ++t) {
       Interval& block = mass[t / block_tokens];
-      block.low += std::exp(head[t].low - high);
-      block.value += std::exp(head[t].value - value);
-      block.high += std::exp(head[t].high - low);
+      block.low += MassOf(head[t].low, octaves) / sum.high;
+      block.value += MassOf(head[t].value, octaves) / sum.value;
+      block.high += MassOf(head[t].high, octaves) / sum.low;
     }
   }
   for (size_t i = 0; i < mass.size(); ++i) {

@@ -87,8 +87,9 @@ QuerySketch MakeQuerySketch(const Vector& query, std::span<const int> signs,
 Interval EstimateLogit(const QuerySketch& query, const KeySketch& key, int read, int planes,
                        const SelectionTolerance& tolerance);
 
-// Approximate attention mass: per head the softmax of the estimates over the tokens of the blocks
-// that the last pass scored, summed over each block, then over the group's heads. Progressive
+// Approximate attention mass: per head the share of a block's tokens in the mass of all tokens of
+// the blocks that the last pass scored, summed over the group's heads; an estimate e has the mass
+// exp(e) with straight lines between the powers of two. Progressive
 // reading as in SelectorSpec: a block that did not survive to the last pass scores -1.
 std::vector<Interval> ScoreSketch(std::span<const Vector> queries, std::span<const KeySketch> keys,
                                   const kernels::SelectorSpec& spec, const Budget& budget,

@@ -23,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/context.h"
@@ -50,7 +51,7 @@ struct TileTokens {
 struct Softmax {
   float* m;  // [rows] maximum of the scores; -infinity before the first
   float* l;  // [rows] sum of exp(score - m)
-  float* o;  // [rows, d] sum of exp(score - m) v
+  float* o;  // [rows, d] sum of exp(score - m) v, components in the order of LoadPair
 };
 constexpr size_t SoftmaxFloats(size_t rows, size_t d) { return rows * (d + 2); }
 inline Softmax SoftmaxAt(float* memory, size_t rows, size_t d) {
@@ -73,7 +74,7 @@ HWY_INLINE void MultiplyTile(const float* HWY_RESTRICT a, size_t a_stride,
     VF scale[R];
     for (size_t r = 0; r < R; ++r) scale[r] = hn::Set(d, a[r * a_stride + i]);
     for (size_t j = 0; j < 4; ++j) {
-      const VF values = hn::Load(d, b + i * b_stride + j * kLanes);
+      const VF values = Pin(hn::Load(d, b + i * b_stride + j * kLanes));
       for (size_t r = 0; r < R; ++r) acc[r][j] = hn::MulAdd(scale[r], values, acc[r][j]);
     }
   }
@@ -126,13 +127,49 @@ HWY_INLINE VU32 LoadParts(const T* const* tokens, size_t t, size_t element) {
 #endif
 }
 
-// Stores the transposed words of kLanes tokens: to[w * kWide] holds word w of all of them.
-HWY_INLINE void StoreWords(VU32 words, size_t w, float* to, const float*) {
-  hn::Store(hn::BitCast(DF(), words), DF(), to + w * kWide);
+// words[i]: the word i of four at `element` of each of the kLanes tokens from t on.
+template <class T>
+HWY_INLINE void TransposeWords(const T* const* tokens, size_t t, size_t element, VU32 (&words)[4]) {
+  const DU32 d32;
+  const hn::RepartitionToWide<DU32> d64;
+  const VU32 a = LoadParts(tokens, t, element), b = LoadParts(tokens, t + 1, element);
+  const VU32 c = LoadParts(tokens, t + 2, element), e = LoadParts(tokens, t + 3, element);
+  const auto ab_low = hn::BitCast(d64, hn::InterleaveLower(d32, a, b));
+  const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d32, c, e));
+  const auto ab_high = hn::BitCast(d64, hn::InterleaveUpper(d32, a, b));
+  const auto ce_high = hn::BitCast(d64, hn::InterleaveUpper(d32, c, e));
+  words[0] = hn::BitCast(d32, hn::InterleaveLower(d64, ab_low, ce_low));
+  words[1] = hn::BitCast(d32, hn::InterleaveUpper(d64, ab_low, ce_low));
+  words[2] = hn::BitCast(d32, hn::InterleaveLower(d64, ab_high, ce_high));
+  words[3] = hn::BitCast(d32, hn::InterleaveUpper(d64, ab_high, ce_high));
 }
-HWY_INLINE void StoreWords(VU32 words, size_t w, float* to, const bf16*) {
-  hn::Store(WidenEven(words), DF(), to + 2 * w * kWide);
-  hn::Store(WidenOdd(words), DF(), to + (2 * w + 1) * kWide);
+
+// A word of keys holds one f32 component, or two bf16.
+template <class T>
+constexpr size_t kPerWord = sizeof(uint32_t) / sizeof(T);
+HWY_INLINE VF ComponentOf(VU32 words, size_t, const float*) { return hn::BitCast(DF(), words); }
+HWY_INLINE VF ComponentOf(VU32 words, size_t i, const bf16*) {
+  return i == 0 ? WidenEven(words) : WidenOdd(words);
+}
+
+// 2 kLanes consecutive values as two vectors: as they lie (f32), or the even and the odd ones.
+HWY_INLINE void LoadPair(const float* from, VF* first, VF* second) {
+  *first = hn::LoadU(DF(), from);
+  *second = hn::LoadU(DF(), from + kLanes);
+}
+HWY_INLINE void LoadPair(const bf16* from, VF* first, VF* second) {
+  const VU32 pairs =
+      hn::BitCast(DU32(), hn::LoadU(DU16(), reinterpret_cast<const uint16_t*>(from)));
+  *first = WidenEven(pairs);
+  *second = WidenOdd(pairs);
+}
+// Back to the order of components.
+HWY_INLINE void StorePair(VF first, VF second, float* to, const float*) {
+  hn::StoreU(first, DF(), to);
+  hn::StoreU(second, DF(), to + kLanes);
+}
+HWY_INLINE void StorePair(VF first, VF second, float* to, const bf16*) {
+  hn::StoreInterleaved2(first, second, DF(), to);
 }
 
 // Asks for a token's row to be in the cache by the time its tile comes. Pages lie anywhere, so the
@@ -146,38 +183,33 @@ HWY_INLINE void PrefetchRow(const T* row, size_t d) {
 // values of the next tile.
 template <class T>
 void TransposeKeys(const TileTokens<T>& tile, const TileTokens<T>& next, size_t d, float* kt) {
-  constexpr size_t kPerWord = sizeof(uint32_t) / sizeof(T);
-  const DU32 d32;
-  const hn::RepartitionToWide<DU32> d64;
+  const T* const type = nullptr;
   for (size_t t = 0; t < kTile; t += kLanes) {
     float* const to = kt + t / kWide * d * kWide + t % kWide;
     for (size_t i = t; i < t + kLanes; ++i) PrefetchRow(next.v[i], d);
-    for (size_t w = 0; w < d / kPerWord; w += 4) {
-      const VU32 a = LoadParts(tile.k, t, w * kPerWord);
-      const VU32 b = LoadParts(tile.k, t + 1, w * kPerWord);
-      const VU32 c = LoadParts(tile.k, t + 2, w * kPerWord);
-      const VU32 e = LoadParts(tile.k, t + 3, w * kPerWord);
-      const auto ab_low = hn::BitCast(d64, hn::InterleaveLower(d32, a, b));
-      const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d32, c, e));
-      const auto ab_high = hn::BitCast(d64, hn::InterleaveUpper(d32, a, b));
-      const auto ce_high = hn::BitCast(d64, hn::InterleaveUpper(d32, c, e));
-      const T* const type = nullptr;
-      StoreWords(hn::BitCast(d32, hn::InterleaveLower(d64, ab_low, ce_low)), w, to, type);
-      StoreWords(hn::BitCast(d32, hn::InterleaveUpper(d64, ab_low, ce_low)), w + 1, to, type);
-      StoreWords(hn::BitCast(d32, hn::InterleaveLower(d64, ab_high, ce_high)), w + 2, to, type);
-      StoreWords(hn::BitCast(d32, hn::InterleaveUpper(d64, ab_high, ce_high)), w + 3, to, type);
+    for (size_t c = 0; c < d; c += 4 * kPerWord<T>) {
+      VU32 words[4];
+      TransposeWords(tile.k, t, c, words);
+      for (size_t i = 0; i < 4 * kPerWord<T>; ++i) {
+        hn::Store(ComponentOf(words[i / kPerWord<T>], i % kPerWord<T>, type), DF(),
+                  to + (c + i) * kWide);
+      }
     }
   }
 }
 
-// The values of a tile, widened: to[token][component]. Prefetches the keys of the next tile.
+// The values of a tile, widened: to[token][d], components in the order of LoadPair. Prefetches the
+// keys of the next tile.
 template <class T>
 void WidenValues(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t d,
                  float* to) {
   for (size_t t = 0; t < tokens; ++t) {
     PrefetchRow(next.k[t], d);
-    for (size_t j = 0; j < d; j += kLanes) {
-      hn::Store(LoadWide(tile.v[t] + j), DF(), to + t * d + j);
+    for (size_t j = 0; j < d; j += 2 * kLanes) {
+      VF first, second;
+      LoadPair(tile.v[t] + j, &first, &second);
+      hn::Store(first, DF(), to + t * d + j);
+      hn::Store(second, DF(), to + t * d + j + kLanes);
     }
   }
 }
@@ -242,12 +274,166 @@ HWY_INLINE void SoftmaxRow(float* scores, size_t count, size_t d, float* m, floa
   }
 }
 
+// ---- few rows: keys and values are used from registers ----------------------------------------
+//
+// A decode step has one row per head of the group: too few to pay for a widened copy of the tile in
+// memory. The same products are added in the same order.
+
+constexpr size_t kFewRows = kMaxGroup;
+constexpr size_t kFewScoreRows = HWY_MAX_BYTES == 32 ? 7 : 8;  // Rows of one pass over the keys,
+constexpr size_t kFewValueRows = HWY_MAX_BYTES == 32 ? 4 : 8;  // and over the values.
+
+// acc[g][r] += q[r][i] times component i of the group's keys, for i from I to the end of the four
+// words. Unrolled by hand: the words have to stay in registers.
+template <size_t I, class T, size_t G, size_t R>
+HWY_INLINE void AddComponents(const float* HWY_RESTRICT q, size_t d, const VU32 (&words)[G][4],
+                              VF (&acc)[G][R]) {
+  const T* const type = nullptr;
+  VF key[G];
+  for (size_t g = 0; g < G; ++g) {
+    key[g] = Pin(ComponentOf(words[g][I / kPerWord<T>], I % kPerWord<T>, type));
+  }
+  for (size_t r = 0; r < R; ++r) {
+    const VF scale = hn::Set(DF(), q[r * d + I]);
+    for (size_t g = 0; g < G; ++g) acc[g][r] = hn::MulAdd(scale, key[g], acc[g][r]);
+  }
+  if constexpr (I + 1 < 4 * kPerWord<T>) AddComponents<I + 1, T>(q, d, words, acc);
+}
+
+// scores[r][token] of R rows. Prefetches the keys of the next tile when `prefetch`.
+template <size_t R, class T>
+HWY_INLINE void ScoreFew(const TileTokens<T>& tile, const TileTokens<T>& next, bool prefetch,
+                         size_t tokens, const float* HWY_RESTRICT q, size_t d,
+                         float* HWY_RESTRICT scores) {
+  // Enough sums to keep both multipliers busy, and one load of a query component for all of them.
+  constexpr size_t kGroups = R <= 4 || HWY_MAX_BYTES == 64 ? 2 : 1;
+  static_assert(kTile % (kGroups * kLanes) == 0);
+  const DF df;
+  for (size_t t = 0; t < tokens; t += kGroups * kLanes) {
+    VF acc[kGroups][R];
+    for (size_t g = 0; g < kGroups; ++g) {
+      for (size_t r = 0; r < R; ++r) acc[g][r] = hn::Zero(df);
+    }
+    for (size_t c = 0; c < d; c += 4 * kPerWord<T>) {
+      // A cache line of every token in four steps, evenly: a burst would wait for itself.
+      if (prefetch) {
+        constexpr size_t kLines = kGroups * kLanes / 4, kInLine = 64 / sizeof(T);
+        const size_t step = c / (4 * kPerWord<T>);
+        for (size_t i = t + step % 4 * kLines; i < t + (step % 4 + 1) * kLines; ++i) {
+          __builtin_prefetch(next.k[i] + step / 4 * kInLine, 0, 2);
+        }
+      }
+      VU32 words[kGroups][4];
+      for (size_t g = 0; g < kGroups; ++g) {
+        TransposeWords(tile.k, t + g * kLanes, c, words[g]);
+      }
+      AddComponents<0, T>(q + c, d, words, acc);
+    }
+    for (size_t g = 0; g < kGroups; ++g) {
+      for (size_t r = 0; r < R; ++r) {
+        hn::Store(acc[g][r], df, scores + r * kTile + t + g * kLanes);
+      }
+    }
+  }
+}
+
+// o[r] += sum over the tile's first `tokens` of p[r][token] v[token], for R rows. Prefetches the
+// values of the next tile when `prefetch`.
+template <size_t R, class T>
+HWY_INLINE void AddValuesFew(const TileTokens<T>& tile, const TileTokens<T>& next, bool prefetch,
+                             size_t tokens, const float* HWY_RESTRICT p, size_t d,
+                             float* HWY_RESTRICT o) {
+  constexpr size_t kPairs = R <= 3 ? 2 : 1;
+  constexpr size_t kStep = 2 * kLanes * kPairs;
+  const DF df;
+  for (size_t j = 0; j < d; j += kStep) {
+    VF acc[R][2 * kPairs];
+    for (size_t r = 0; r < R; ++r) {
+      for (size_t i = 0; i < 2 * kPairs; ++i) acc[r][i] = hn::LoadU(df, o + r * d + j + i * kLanes);
+    }
+    for (size_t t = 0; t < tokens; ++t) {
+      if (prefetch) __builtin_prefetch(next.v[t] + j, 0, 2);
+      for (size_t i = 0; i < 2 * kPairs; i += 2) {
+        VF first, second;
+        LoadPair(tile.v[t] + j + i * kLanes, &first, &second);
+        first = Pin(first);
+        second = Pin(second);
+        for (size_t r = 0; r < R; ++r) {
+          const VF scale = hn::Set(df, p[r * kTile + t]);
+          acc[r][i] = hn::MulAdd(scale, first, acc[r][i]);
+          acc[r][i + 1] = hn::MulAdd(scale, second, acc[r][i + 1]);
+        }
+      }
+    }
+    for (size_t r = 0; r < R; ++r) {
+      for (size_t i = 0; i < 2 * kPairs; ++i) hn::StoreU(acc[r][i], df, o + r * d + j + i * kLanes);
+    }
+  }
+}
+
+// Calls body(first row, std::integral_constant<size_t, count>) for parts of `rows` of similar size,
+// none above kMost.
+template <size_t kMost, class Body>
+HWY_INLINE void ForFewRows(size_t rows, const Body& body) {
+  const size_t parts = (rows + kMost - 1) / kMost;
+  for (size_t r = 0, n = 0, part = 0; part < parts; ++part, r += n) {
+    n = (rows - r + parts - part - 1) / (parts - part);
+    switch (n) {
+      case 1:
+        body(r, std::integral_constant<size_t, 1>());
+        break;
+      case 2:
+        body(r, std::integral_constant<size_t, 2>());
+        break;
+      case 3:
+        body(r, std::integral_constant<size_t, 3>());
+        break;
+      case 4:
+        body(r, std::integral_constant<size_t, 4>());
+        break;
+      case 5:
+        body(r, std::integral_constant<size_t, std::min<size_t>(kMost, 5)>());
+        break;
+      case 6:
+        body(r, std::integral_constant<size_t, std::min<size_t>(kMost, 6)>());
+        break;
+      case 7:
+        body(r, std::integral_constant<size_t, std::min<size_t>(kMost, 7)>());
+        break;
+      default:
+        body(r, std::integral_constant<size_t, kMost>());
+    }
+  }
+}
+
+// AttendTile for few rows that all attend to the tile's first `tokens` tokens.
+template <class T>
+void AttendTileFew(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t rows,
+                   size_t d, const Work& work, const Softmax& state) {
+  ForFewRows<kFewScoreRows>(rows, [&](size_t r, auto count) HWY_ATTR {
+    ScoreFew<decltype(count)::value>(tile, next, r == 0, tokens, work.q + r * d, d,
+                                     work.scores + r * kTile);
+  });
+  for (size_t r = 0; r < rows; ++r) {
+    SoftmaxRow(work.scores + r * kTile, tokens, d, state.m + r, state.l + r, state.o + r * d);
+  }
+  ForFewRows<kFewValueRows>(rows, [&](size_t r, auto count) HWY_ATTR {
+    AddValuesFew<decltype(count)::value>(tile, next, r == 0, tokens, work.scores + r * kTile, d,
+                                         state.o + r * d);
+  });
+}
+
+// ---- any number of rows -------------------------------------------------------------------------
+
 // Adds a tile to the running softmax of `rows` rows; row r attends to the tile's first counts[r]
 // tokens (0: none). Counts rise with r. `tokens`: the most any row wants. `next` is the tile to
 // come.
 template <class T>
 void AttendTile(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t rows,
                 const size_t* counts, size_t d, const Work& work, const Softmax& state) {
+  if (rows <= kFewRows && counts[0] == counts[rows - 1]) {
+    return AttendTileFew(tile, next, counts[0], rows, d, work, state);
+  }
   TransposeKeys(tile, next, d, work.kt);
   WidenValues(tile, next, tokens, d, work.v);
   size_t first = 0;
@@ -299,12 +485,15 @@ HWY_INLINE void MergeSoftmaxRow(size_t r, size_t d, const Softmax& split, const 
   }
 }
 
-// Writes o / l of one row.
+// Writes o / l of one row, in the order of components.
+template <class T>
 HWY_INLINE void StoreSoftmaxRow(size_t r, size_t d, const Softmax& total, float* out) {
   const DF df;
+  const T* const type = nullptr;
   const VF l = hn::Set(df, total.l[r]);
-  for (size_t j = 0; j < d; j += kLanes) {
-    hn::StoreU(hn::Div(hn::LoadU(df, total.o + r * d + j), l), df, out + j);
+  for (size_t j = 0; j < d; j += 2 * kLanes) {
+    const float* const o = total.o + r * d + j;
+    StorePair(hn::Div(hn::LoadU(df, o), l), hn::Div(hn::LoadU(df, o + kLanes), l), out + j, type);
   }
 }
 

@@ -99,10 +99,11 @@ void LoadQueries(const AttendShape& shape, const AttendUnit& unit, float* to) {
   }
 }
 
+template <class T>
 void StoreOutputs(const AttendShape& shape, const AttendUnit& unit, const Softmax& total) {
   for (size_t r = 0; r < unit.tokens * shape.group; ++r) {
     const size_t head = unit.kv_head * shape.group + r % shape.group;
-    StoreSoftmaxRow(
+    StoreSoftmaxRow<T>(
         r, shape.d, total,
         shape.out + ((unit.row_begin + r / shape.group) * shape.num_heads + head) * shape.d);
   }
@@ -161,7 +162,7 @@ void AttendWhole(Context& context, const AttendShape& shape, const AttendUnit* u
       AttendSplit<T>(shape, unit, split, work, work.split);
       MergeSplit(rows, shape.d, split, work.split, work.total);
     }
-    StoreOutputs(shape, unit, work.total);
+    StoreOutputs<T>(shape, unit, work.total);
   });
 }
 
@@ -195,7 +196,7 @@ void AttendInSplits(Context& context, const AttendShape& shape, const AttendUnit
     for (size_t split = 0; split < SplitsOf(units[u]); ++split) {
       MergeSplit(rows, shape.d, split, partial(u, split), work.total);
     }
-    StoreOutputs(shape, units[u], work.total);
+    StoreOutputs<T>(shape, units[u], work.total);
   });
 }
 

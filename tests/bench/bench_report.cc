@@ -1,5 +1,9 @@
 #include "tests/bench/bench_report.h"
 
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "nlohmann/json.hpp"
@@ -15,12 +19,22 @@ std::string SelectorText(const kernels::SelectorSpec& spec) {
                          spec.block_tokens, spec.refine_share[0], spec.refine_share[1]);
 }
 
+// The shares are of the first measurement; a second that differs says that one of both was
+// disturbed, and the steps in between no less.
+bool Unsteady(const kernels::Ceilings& a, const kernels::Ceilings& b) {
+  const auto differ = [](double x, double y) { return std::abs(x - y) > 0.1 * std::max(x, y); };
+  return differ(a.read_bytes_per_s, b.read_bytes_per_s) || differ(a.flops_per_s, b.flops_per_s);
+}
+
 void AppendHead(const BenchReport& r, std::string* out) {
   absl::StrAppendFormat(out, "machine   %s\n", r.device);
   absl::StrAppendFormat(
       out, "ceilings  read %.1f GB/s, multiply-add %.0f GFLOP/s (at the end %.1f and %.0f)\n",
       r.ceilings.read_bytes_per_s / 1e9, r.ceilings.flops_per_s / 1e9,
       r.ceilings_at_end.read_bytes_per_s / 1e9, r.ceilings_at_end.flops_per_s / 1e9);
+  if (Unsteady(r.ceilings, r.ceilings_at_end)) {
+    out->append("          they differ: the machine was busy, trust the ratios alone\n");
+  }
   absl::StrAppendFormat(out, "model     %s: %d layers, hidden %d, %d/%d heads, d %d, %.0f MB\n",
                         r.model, r.config.num_layers, r.config.hidden_size, r.config.num_heads,
                         r.config.num_kv_heads, r.config.head_dim,
@@ -45,6 +59,14 @@ void AppendPart(const char* name, const Summary& part, std::string* out) {
                         100 * part.roofline_share());
 }
 
+// What several stages make together.
+void AppendSubtotal(const char* name, const Summary& s, std::initializer_list<Stage> stages,
+                    std::string* out) {
+  StageTotals sum;
+  for (const Stage stage : stages) sum += s.stages[static_cast<size_t>(stage)];
+  out->append(Columns(name, sum.seconds, s.median, sum.bytes, sum.flops, sum.seconds_at_ceiling));
+}
+
 void AppendRun(const BenchReport& report, const RunResult& r, std::string* out) {
   const Summary& w = r.whole;
   absl::StrAppendFormat(out, "\n%s: %.4f ms a step [p10 %.4f, p90 %.4f], %.1f tokens/s\n",
@@ -58,6 +80,12 @@ void AppendRun(const BenchReport& report, const RunResult& r, std::string* out) 
     out->append(Columns(NameOf(static_cast<Stage>(i)), stage.seconds, w.median, stage.bytes,
                         stage.flops, stage.seconds_at_ceiling));
   }
+  AppendSubtotal(
+      "= all Linear", w,
+      {Stage::kQkv, Stage::kOutput, Stage::kGateUp, Stage::kDown, Stage::kLinear, Stage::kLogits},
+      out);
+  AppendSubtotal("= attention", w, {Stage::kSelect, Stage::kSparseAttend, Stage::kChunkAttend},
+                 out);
   absl::StrAppendFormat(out, "  %-16s %10.4f %6.1f%%\n", "between ops", w.seconds_between_ops * 1e3,
                         100 * w.seconds_between_ops / w.median);
   out->append(Columns("whole step", w.median, w.median, w.bytes, w.flops, w.seconds_at_ceiling));
@@ -150,7 +178,7 @@ std::string TextOf(const BenchReport& report) {
   AppendSummary(report, &out);
   if (!report.ratios.empty()) out.append("\nratios of tokens/s\n");
   for (const Ratio& ratio : report.ratios) {
-    absl::StrAppendFormat(&out, "  %-48s %6.2fx\n", ratio.name, ratio.value);
+    absl::StrAppendFormat(&out, "  %-48s %7.3fx\n", ratio.name, ratio.value);
   }
   return out;
 }

@@ -15,6 +15,7 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::Field;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 StageTotals& At(StepRecord& record, Stage stage) {
   return record.stages[static_cast<size_t>(stage)];
@@ -115,9 +116,14 @@ TEST(ReportTest, TextAndJsonHoldEveryRun) {
   report.results[1].counters.sparse_blocks_read = 34;
   report.ratios = RatiosOf(report.results);
 
+  report.ceilings_at_end = {1.05e9, 1.95e9};
+  EXPECT_THAT(TextOf(report), Not(HasSubstr("busy")));
+  report.ceilings_at_end = {1.05e9, 1.7e9};
+  EXPECT_THAT(TextOf(report), HasSubstr("busy"));
+
   const std::string text = TextOf(report);
   for (const char* part : {"a machine", "a model", "dense, 100 x 1: 500.0000 ms", "select",
-                           "17 blocks read", "sparse / dense, 100 x 1", "2.00x"}) {
+                           "17 blocks read", "sparse / dense, 100 x 1", "2.000x", "= attention"}) {
     EXPECT_THAT(text, HasSubstr(part));
   }
   const auto json = nlohmann::json::parse(JsonOf(report), nullptr, /*allow_exceptions=*/false);

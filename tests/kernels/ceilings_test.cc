@@ -51,8 +51,10 @@ TEST_P(CeilingsTest, NoKernelIsFaster) {
                  .out = AsMatrix(out, rows, size)});
     best = std::min(best, ProcessorSeconds() - start);
   }
-  // The clock's resolution and the cores' frequency, which varies, are worth a tenth.
-  EXPECT_LT(2.0 * rows * size * size / best, 1.1 * ceilings.flops_per_s);
+  // Frequency and the neighbours on a core's other thread vary from one moment to the next. Half
+  // the peak, as vectors of half the width would give, would still be noticed: the kernel reaches
+  // seven tenths and more.
+  EXPECT_LT(2.0 * rows * size * size / best, 1.3 * ceilings.flops_per_s);
 }
 
 RESA_INSTANTIATE_OPS_TEST(CeilingsTest);

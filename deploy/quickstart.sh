@@ -46,7 +46,8 @@ log=build/quickstart.log
 ports=build/quickstart.ports
 rm -f "$ports"
 resa_say "Starting the daemon on $path; its log is $log."
-"$bin/resad" --model "$path" --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 \
+# The least length at which steps are sparse is said here, so that every machine shows the same.
+"$bin/resad" --model "$path" --sparse-from 1024 --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 \
   --port-file "$ports" >"$log" 2>&1 &
 daemon=$!
 stop_daemon() {

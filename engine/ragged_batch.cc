@@ -26,9 +26,9 @@ RaggedBatch::RaggedBatch(const BatchLimits& limits, const kernels::KvLayout& lay
   pages_.resize(static_cast<size_t>(limits.max_segments) * limits.max_pages_per_sequence);
 }
 
-int64_t RaggedBatch::max_block_ids() const {
-  return int64_t{limits_.max_segments} * layout_.num_kv_heads * limits_.max_pages_per_sequence *
-         layout_.BlocksPerPage();
+int64_t RaggedBatch::MaxBlockIds(const BatchLimits& limits, const kernels::KvLayout& layout) {
+  return int64_t{limits.max_segments} * layout.num_kv_heads * limits.max_pages_per_sequence *
+         layout.BlocksPerPage();
 }
 
 void RaggedBatch::Build(absl::Span<const SegmentInput> segments) {

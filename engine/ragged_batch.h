@@ -49,7 +49,8 @@ class RaggedBatch {
 
   // Block ids that Select writes for this step, and at most for any.
   int64_t num_block_ids() const { return num_block_ids_; }
-  int64_t max_block_ids() const;
+  int64_t max_block_ids() const { return MaxBlockIds(limits_, layout_); }
+  static int64_t MaxBlockIds(const BatchLimits& limits, const kernels::KvLayout& layout);
 
   // The rows of the batch whose logits are wanted, and how to sample each: samples()[i].row is i.
   absl::Span<const int32_t> sampled_rows() const { return sampled_rows_; }

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -73,14 +74,24 @@ absl::Status SetField(const FieldDescriptor* field, absl::string_view text, Mess
   }
 }
 
-// One flag for every field of ServerConfig, and those that are not settings.
-void AddFlags(FlagSet* flags, ServerConfig* settings, std::string* file, CommandLine* line) {
+// A number that may also be "auto", which is what an unset field means.
+bool TakesAuto(const FieldDescriptor& field) {
+  return field.cpp_type() == FieldDescriptor::CPPTYPE_INT32 &&
+         absl::EndsWith(field.options().GetExtension(resa::v1::flag).value(), "|auto");
+}
+
+// One flag for every field of ServerConfig, and those that are not settings. Fields that a flag
+// sets back to "auto" go into `unset`.
+void AddFlags(FlagSet* flags, ServerConfig* settings, std::vector<const FieldDescriptor*>* unset,
+              std::string* file, CommandLine* line) {
   const google::protobuf::Descriptor* descriptor = ServerConfig::descriptor();
   for (int i = 0; i < descriptor->field_count(); ++i) {
     const FieldDescriptor* field = descriptor->field(i);
     const resa::v1::FlagHelp& help = field->options().GetExtension(resa::v1::flag);
-    FlagSet::Setter set = [field, settings](absl::string_view text) {
-      return SetField(field, text, settings);
+    FlagSet::Setter set = [field, settings, unset](absl::string_view text) -> absl::Status {
+      if (text != "auto" || !TakesAuto(*field)) return SetField(field, text, settings);
+      unset->push_back(field);
+      return absl::OkStatus();
     };
     if (field->cpp_type() == FieldDescriptor::CPPTYPE_BOOL) {
       flags->AddSwitch(FlagName(*field), help.text(), std::move(set));
@@ -288,14 +299,16 @@ absl::StatusOr<AttentionOptions> ResolveAttention(const ServerConfig& settings, 
   AttentionOptions attention;
   engine::AttentionPolicy& policy = attention.default_policy;
   if (paper) policy = engine::PaperPolicy();
-  if (settings.has_attention_mode()) {
-    RESA_ASSIGN_OR_RETURN(const size_t mode, Choose("attention-mode", settings.attention_mode(),
-                                                    {"dense", "sparse", "rectified"}));
-    static constexpr engine::AttentionMode kModes[] = {engine::AttentionMode::kDense,
-                                                       engine::AttentionMode::kSparse,
-                                                       engine::AttentionMode::kRectified};
-    policy.mode = kModes[mode];
-  }
+  const std::string name = settings.has_attention_mode() ? settings.attention_mode()
+                           : paper                       ? "rectified"
+                                                         : "auto";
+  RESA_ASSIGN_OR_RETURN(const size_t mode,
+                        Choose("attention-mode", name, {"auto", "dense", "sparse", "rectified"}));
+  static constexpr engine::AttentionMode kModes[] = {
+      engine::AttentionMode::kRectified, engine::AttentionMode::kDense,
+      engine::AttentionMode::kSparse, engine::AttentionMode::kRectified};
+  policy.mode = kModes[mode];
+  attention.auto_mode = mode == 0;
   if (settings.has_keep_ratio()) policy.keep_ratio = settings.keep_ratio();
   if (settings.has_min_tokens()) policy.min_tokens = settings.min_tokens();
   if (settings.has_local_tokens()) policy.local_tokens = settings.local_tokens();
@@ -307,9 +320,9 @@ absl::StatusOr<AttentionOptions> ResolveAttention(const ServerConfig& settings, 
         absl::StrSplit(status.message(), absl::MaxSplits(':', 1));
     return Invalid("--", absl::StrReplaceAll(parts.first, {{"_", "-"}}), ":", parts.second);
   }
-  RESA_ASSIGN_OR_RETURN(
-      attention.sparse_from,
-      AtLeast("sparse-from", settings.has_sparse_from() ? settings.sparse_from() : 1024, 0));
+  if (settings.has_sparse_from()) {
+    RESA_ASSIGN_OR_RETURN(attention.sparse_from, AtLeast("sparse-from", settings.sparse_from(), 0));
+  }
   return attention;
 }
 
@@ -318,9 +331,10 @@ absl::StatusOr<AttentionOptions> ResolveAttention(const ServerConfig& settings, 
 absl::StatusOr<CommandLine> ParseCommandLine(absl::Span<const std::string> args) {
   CommandLine line;
   ServerConfig from_flags;
+  std::vector<const FieldDescriptor*> unset;
   std::string file;
   FlagSet flags;
-  AddFlags(&flags, &from_flags, &file, &line);
+  AddFlags(&flags, &from_flags, &unset, &file, &line);
   RESA_ASSIGN_OR_RETURN(const std::vector<std::string> rest, flags.Parse(args));
   if (!rest.empty()) {
     return Invalid("unexpected argument '", rest[0], "'; settings are flags, see --help");
@@ -331,15 +345,19 @@ absl::StatusOr<CommandLine> ParseCommandLine(absl::Span<const std::string> args)
   // A merge would append to the file's shares; a flag overrides them.
   if (from_flags.refine_share_size() > 0) line.settings.clear_refine_share();
   line.settings.MergeFrom(from_flags);
+  for (const FieldDescriptor* field : unset) {
+    line.settings.GetReflection()->ClearField(&line.settings, field);
+  }
   return line;
 }
 
 std::string HelpText() {
   FlagSet flags;
   ServerConfig settings;
+  std::vector<const FieldDescriptor*> unset;
   std::string file;
   CommandLine line;
-  AddFlags(&flags, &settings, &file, &line);
+  AddFlags(&flags, &settings, &unset, &file, &line);
   return absl::StrCat(
       "resad: serves a language model over gRPC with Rectified Sparse Attention.\n\n"
       "Usage: resad --model DIR|FILE.gguf [flags]\n\n",

@@ -52,7 +52,8 @@ struct LimitOptions {
 
 struct AttentionOptions {
   engine::AttentionPolicy default_policy;
-  int32_t sparse_from = 0;  // In tokens.
+  bool auto_mode = false;              // default_policy.mode is to be worked out at start.
+  std::optional<int32_t> sparse_from;  // In tokens; unset: to be worked out at start.
 };
 
 struct LogOptions {

@@ -6,7 +6,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "engine/activations.h"
 #include "engine/kv_memory.h"
+#include "engine/ragged_batch.h"
 #include "engine/status_macros.h"
 #include "kernels/check.h"
 #include "server/resources.h"
@@ -37,13 +39,21 @@ std::string Describe(const engine::AttentionPolicy& policy, int32_t sparse_from)
       policy.sink_tokens, policy.rectify_interval, sparse_from);
 }
 
-engine::SchedulerLimits SchedulerLimitsFor(const Config& config) {
+engine::SchedulerLimits SchedulerLimitsFor(const Config& config, int32_t sparse_from) {
   engine::SchedulerLimits limits;
   limits.max_step_tokens = config.limits.max_step_tokens;
   limits.max_sequences = config.limits.max_sequences;
-  limits.sparse_from = config.attention.sparse_from;
+  limits.sparse_from = sparse_from;
   limits.selector = config.pool.selector;
   return limits;
+}
+
+engine::BatchLimits BatchLimitsFor(const Config& config, int32_t pages_per_sequence) {
+  engine::BatchLimits batch;
+  batch.max_rows = config.limits.max_step_tokens;
+  batch.max_segments = config.limits.max_sequences;
+  batch.max_pages_per_sequence = pages_per_sequence;
+  return batch;
 }
 
 absl::StatusOr<int32_t> MaxContext(const Config& config, const ModelConfig& model) {
@@ -110,7 +120,14 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
       engine::LayoutFor(loaded_.config, config.pool.selector, config.pool.kv_dtype, 1);
   if (config.pool.bytes.has_value()) return PoolPagesFor(page, *config.pool.bytes);
   RESA_ASSIGN_OR_RETURN(const int64_t available, MemoryAvailable());
-  return DefaultPoolPages(page, {max_context, config.limits.max_sequences}, available);
+  const engine::BatchLimits batch = BatchLimitsFor(config, engine::PagesFor(max_context));
+  PoolDemand demand;
+  demand.max_context = max_context;
+  demand.max_sequences = config.limits.max_sequences;
+  demand.activation_bytes = static_cast<int64_t>(engine::ActivationMemory::BytesNeeded(
+      loaded_.config, batch, engine::RaggedBatch::MaxBlockIds(batch, page),
+      ops_->activation_dtype()));
+  return DefaultPoolPages(page, demand, available);
 }
 
 absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* logger) {
@@ -119,6 +136,10 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
   RESA_ASSIGN_OR_RETURN(const int64_t pages, PoolPages(config, max_context));
   const kernels::KvLayout layout =
       engine::LayoutFor(model, config.pool.selector, config.pool.kv_dtype, pages);
+  const AttentionChoice attention = ChooseAttention(
+      config.attention, config.device.device, model, layout,
+      static_cast<int32_t>(std::min<int64_t>(max_context, pages * kernels::kPageTokens)),
+      ops_.get());
 
   engine::EngineOptions options;
   options.num_pages = static_cast<int32_t>(pages);
@@ -126,14 +147,11 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
   options.limits.max_context = max_context;
   options.limits.pool_tokens = pages * kernels::kPageTokens;
   options.eos_ids = model.eos_ids;
-  options.scheduler = SchedulerLimitsFor(config);
+  options.scheduler = SchedulerLimitsFor(config, attention.sparse_from);
   options.max_waiting = config.limits.max_waiting;
 
-  engine::BatchLimits batch;
-  batch.max_rows = config.limits.max_step_tokens;
-  batch.max_segments = config.limits.max_sequences;
-  batch.max_pages_per_sequence =
-      std::min<int64_t>(engine::PagesFor(max_context), options.num_pages);
+  const engine::BatchLimits batch =
+      BatchLimitsFor(config, std::min(engine::PagesFor(max_context), options.num_pages));
   RESA_ASSIGN_OR_RETURN(
       executor_, engine::ModelExecutor::Create(model, loaded_.weights, layout, batch, ops_.get()));
   metrics_ = std::make_unique<MetricsExporter>(
@@ -142,29 +160,34 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
                                              metrics_.get());
   served_.tokenizer = tokenizer_.get();
   served_.limits = options.limits;
-  served_.default_attention = config.attention.default_policy;
-  Describe(config, layout);
+  served_.default_attention = attention.default_policy;
+  Describe(config, layout, attention);
+  LogLimits(config, layout, attention, logger);
+  return absl::OkStatus();
+}
 
+void ServingStack::LogLimits(const Config& config, const kernels::KvLayout& layout,
+                             const AttentionChoice& attention, spdlog::logger* logger) const {
   const int64_t kv_bytes = static_cast<int64_t>(2 * layout.num_layers * layout.LayerKvBytes());
   const int64_t descriptor_bytes =
       static_cast<int64_t>(layout.num_layers * layout.LayerDescriptorBytes());
   logger->info("pool: {} tokens in {} pages: {} of {} keys and values, {} of descriptors",
-               options.limits.pool_tokens, pages, FormatBytes(kv_bytes),
+               served_.limits.pool_tokens, layout.num_pages, FormatBytes(kv_bytes),
                kernels::NameOf(layout.kv_dtype), FormatBytes(descriptor_bytes));
   logger->info("limits: {} tokens of context, {} sequences, {} rows a step, {} waiting",
-               max_context, config.limits.max_sequences, config.limits.max_step_tokens,
-               config.limits.max_waiting);
-  logger->info("attention: {}",
-               server::Describe(served_.default_attention, config.attention.sparse_from));
+               served_.limits.max_context, config.limits.max_sequences,
+               config.limits.max_step_tokens, config.limits.max_waiting);
+  logger->info("attention: {}", server::Describe(attention.default_policy, attention.sparse_from));
+  logger->info("attention chosen: {}", attention.description.reason());
   logger->info("selector: {}", server::Describe(config.pool.selector));
   logger->info("chat prompts: {}", served_.chat_format.has_value()
                                        ? std::string(engine::NameOf(*served_.chat_format))
                                        : absl::StrCat("refused, ", served_.chat_refusal));
   logger->info("device: {}", ops_->Description());
-  return absl::OkStatus();
 }
 
-void ServingStack::Describe(const Config& config, const kernels::KvLayout& layout) {
+void ServingStack::Describe(const Config& config, const kernels::KvLayout& layout,
+                            const AttentionChoice& attention) {
   const ModelConfig& model = loaded_.config;
   if (tokenizer_->chat_template().empty()) {
     served_.chat_refusal = "the model has no chat template";
@@ -196,7 +219,8 @@ void ServingStack::Describe(const Config& config, const kernels::KvLayout& layou
   for (int plane = 1; plane < selector.planes; ++plane) {
     out.mutable_selector()->add_refine_share(selector.refine_share[plane - 1]);
   }
-  out.set_sparse_from_tokens(config.attention.sparse_from);
+  out.set_sparse_from_tokens(attention.sparse_from);
+  *out.mutable_attention_choice() = attention.description;
   out.set_num_layers(model.num_layers);
   out.set_num_attention_heads(model.num_heads);
   out.set_num_kv_heads(model.num_kv_heads);

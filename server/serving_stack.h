@@ -14,6 +14,7 @@
 #include "engine/model_files.h"
 #include "engine/tokenizer.h"
 #include "kernels/ops.h"
+#include "server/attention_choice.h"
 #include "server/config.h"
 #include "server/metrics_exporter.h"
 #include "server/served_model.h"
@@ -48,7 +49,10 @@ class ServingStack {
   absl::Status LoadModelFiles(const Config& config, spdlog::logger* logger);
   absl::Status CreateEngine(const Config& config, spdlog::logger* logger);
   absl::StatusOr<int64_t> PoolPages(const Config& config, int32_t max_context) const;
-  void Describe(const Config& config, const kernels::KvLayout& layout);
+  void Describe(const Config& config, const kernels::KvLayout& layout,
+                const AttentionChoice& attention);
+  void LogLimits(const Config& config, const kernels::KvLayout& layout,
+                 const AttentionChoice& attention, spdlog::logger* logger) const;
 
   // In the order of use; destroyed from the bottom.
   std::unique_ptr<kernels::Ops> ops_;

@@ -1,5 +1,7 @@
 // Generation through a real socket: every kind of prompt, output and option.
 
+#include <algorithm>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/server_fixture.h"
@@ -10,6 +12,7 @@ namespace {
 using ::resa::v1::GenerateRequest;
 using ::testing::Contains;
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::SizeIs;
 using ::testing::StartsWith;
@@ -320,6 +323,63 @@ TEST_F(GenerateTest, ModelAndLoadAreDescribed) {
   const resa::v1::GetLoadResponse load = server_->Load();
   EXPECT_EQ(load.pages_total() * load.page_tokens(), model.pool_tokens());
   EXPECT_FALSE(load.draining());
+  EXPECT_FALSE(model.attention_choice().mode_is_auto());
+  EXPECT_FALSE(model.attention_choice().sparse_from_is_auto());
+  EXPECT_EQ(model.sparse_from_tokens(), 0);
+}
+
+resa::v1::GetModelResponse Describe(TestServer* server) {
+  grpc::ClientContext context;
+  resa::v1::GetModelResponse model;
+  EXPECT_TRUE(server->stub().GetModel(&context, {}, &model).ok());
+  return model;
+}
+
+TEST(AutoAttentionTest, TheModeIsChosenAtStartAndARequestsOwnWins) {
+  TestServer server({.flags = {"--attention-mode=auto"}});
+  const resa::v1::GetModelResponse model = Describe(&server);
+  const resa::v1::AttentionChoice& choice = model.attention_choice();
+  EXPECT_TRUE(choice.mode_is_auto());
+  EXPECT_FALSE(choice.sparse_from_is_auto());
+  EXPECT_GT(choice.read_bytes_per_second(), 1e8);
+  EXPECT_GT(choice.flops_per_second(), 1e8);
+  EXPECT_EQ(choice.context_tokens(), std::min<int64_t>(32768, model.pool_tokens()));
+  const bool cheap = choice.rectification_seconds() < 0.25 * choice.dense_step_seconds();
+  EXPECT_EQ(model.default_attention().mode(),
+            cheap ? resa::v1::ATTENTION_MODE_RECTIFIED : resa::v1::ATTENTION_MODE_SPARSE);
+  EXPECT_THAT(choice.reason(), HasSubstr(cheap ? "mode rectified" : "mode sparse"));
+  EXPECT_THAT(server.LogLines(), Contains(HasSubstr("attention chosen: " + choice.reason())));
+
+  resa::v1::GenerateRequest request = RequestFor(std::string(200, 'x'), 64);
+  const auto run = [&] {
+    const Generation result = Generate(server.stub(), request);
+    EXPECT_TRUE(result.ok()) << result.Describe();
+    return result.outputs[0].finished->attention();
+  };
+  const resa::v1::AttentionStats by_default = run();
+  EXPECT_GT(by_default.sparse_steps(), 0);
+  EXPECT_EQ(by_default.rectifications() > 0, cheap);
+  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_RECTIFIED);
+  EXPECT_GT(run().rectifications(), 0);
+  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_SPARSE);
+  EXPECT_EQ(run().rectifications(), 0);
+  request.mutable_attention()->set_mode(resa::v1::ATTENTION_MODE_DENSE);
+  EXPECT_EQ(run().sparse_steps(), 0);
+}
+
+// This model is so small that a step is all overhead: sparse steps begin late, if ever.
+TEST(AutoAttentionTest, ShortContextsAreAttendedDensely) {
+  TestServer server({.flags = {"--sparse-from=auto"}});
+  const resa::v1::GetModelResponse model = Describe(&server);
+  EXPECT_TRUE(model.attention_choice().sparse_from_is_auto());
+  EXPECT_FALSE(model.attention_choice().mode_is_auto());
+  EXPECT_EQ(model.default_attention().mode(), resa::v1::ATTENTION_MODE_RECTIFIED);
+  EXPECT_GE(model.sparse_from_tokens(), 256);
+  EXPECT_THAT(model.attention_choice().reason(), HasSubstr("pay"));
+  resa::v1::GenerateRequest request = RequestFor(std::string(100, 'x'), 64);
+  const Generation result = Generate(server.stub(), request);
+  ASSERT_TRUE(result.ok()) << result.Describe();
+  EXPECT_EQ(result.outputs[0].finished->attention().sparse_steps(), 0);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ namespace resa::testing {
 namespace {
 
 using ::nlohmann::json;
+using ::testing::AnyOf;
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -33,6 +34,7 @@ class Resad {
                                           "--http-listen=127.0.0.1:0",
                                           "--port-file=" + folder_.Path("ports"),
                                           "--threads=1",
+                                          "--attention-mode=rectified",
                                           "--sparse-from=0",
                                           "--pool-memory=200MiB"};
     arguments.insert(arguments.end(), flags.begin(), flags.end());
@@ -104,7 +106,10 @@ TEST_F(ProcessTest, CheckSaysWhatWouldBeServedAndExits) {
   EXPECT_THAT(child->Stderr(), HasSubstr("llama, 2 layers"));
   EXPECT_THAT(child->Stderr(), HasSubstr("weights: "));
   EXPECT_THAT(child->Stderr(), HasSubstr("of descriptors"));
-  EXPECT_THAT(child->Stderr(), HasSubstr("rectified, keep 0.1"));
+  EXPECT_THAT(child->Stderr(), AnyOf(HasSubstr("attention: rectified, keep 0.1"),
+                                     HasSubstr("attention: sparse, keep 0.1")));
+  EXPECT_THAT(child->Stderr(), HasSubstr("attention chosen: at "));
+  EXPECT_THAT(child->Stderr(), HasSubstr("the limit of 25%"));
   EXPECT_THAT(child->Stderr(), HasSubstr("the settings and the model are good"));
 }
 

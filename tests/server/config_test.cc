@@ -51,7 +51,8 @@ TEST(ConfigTest, Defaults) {
   EXPECT_EQ(config.limits.max_step_tokens, 512);
   EXPECT_EQ(config.limits.max_waiting, 256);
   EXPECT_EQ(config.attention.default_policy, engine::AttentionPolicy());
-  EXPECT_EQ(config.attention.sparse_from, 1024);
+  EXPECT_TRUE(config.attention.auto_mode);
+  EXPECT_EQ(config.attention.sparse_from, std::nullopt);
   EXPECT_EQ(config.log.level, "info");
   EXPECT_FALSE(config.log.prompts);
 }
@@ -66,6 +67,32 @@ TEST(ConfigTest, EveryFieldIsAFlagAndIsExplained) {
     EXPECT_FALSE(descriptor->field(i)->options().GetExtension(resa::v1::flag).text().empty())
         << flag;
   }
+}
+
+TEST(ConfigTest, AutoIsASettingOfItsOwn) {
+  const auto config = [](const std::vector<std::string>& flags) {
+    const auto line = ParseCommandLine(flags);
+    EXPECT_TRUE(line.ok()) << line.status();
+    return ResolveConfig(line->settings).value();
+  };
+  EXPECT_FALSE(config({"--model=m", "--attention-mode=sparse"}).attention.auto_mode);
+  EXPECT_TRUE(config({"--model=m", "--attention-mode=auto"}).attention.auto_mode);
+  // The paper's mode belongs to its preset, unless told otherwise.
+  const Config paper = config({"--model=m", "--preset=paper"});
+  EXPECT_FALSE(paper.attention.auto_mode);
+  EXPECT_EQ(paper.attention.default_policy, engine::PaperPolicy());
+  EXPECT_TRUE(config({"--model=m", "--preset=paper", "--attention-mode=auto"}).attention.auto_mode);
+
+  EXPECT_EQ(config({"--model=m", "--sparse-from=7"}).attention.sparse_from, 7);
+  EXPECT_EQ(config({"--model=m", "--sparse-from=auto"}).attention.sparse_from, std::nullopt);
+  // A flag overrides the file, with "auto" as well.
+  const std::string path = WriteFile("model: 'm' sparse_from: 512 attention_mode: 'dense'");
+  EXPECT_EQ(config({"--config=" + path}).attention.sparse_from, 512);
+  const Config overridden =
+      config({"--config=" + path, "--sparse-from=auto", "--attention-mode=auto"});
+  EXPECT_EQ(overridden.attention.sparse_from, std::nullopt);
+  EXPECT_TRUE(overridden.attention.auto_mode);
+  EXPECT_FALSE(ParseCommandLine({"--model=m", "--max-waiting=auto"}).ok());
 }
 
 // The same settings from flags and from a file, one of every type and every group.

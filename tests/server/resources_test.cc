@@ -94,11 +94,23 @@ TEST(PoolPagesTest, TheDefaultIsAShareOfWhatIsFreeButNoMoreThanIsUseful) {
   const kernels::KvLayout layout = SmallLayout();
   const int64_t page = layout.PageBytes();
   // 3 contexts of 1,600 tokens are 300 pages.
-  EXPECT_EQ(DefaultPoolPages(layout, {1600, 3}, 1000 * page).value(), 300);
-  EXPECT_EQ(DefaultPoolPages(layout, {1600, 3}, 400 * page).value(), 240);
-  const auto too_little = DefaultPoolPages(layout, {1600, 3}, 100 * page);
+  EXPECT_EQ(DefaultPoolPages(layout, {1600, 3, 0}, 1000 * page).value(), 300);
+  EXPECT_EQ(DefaultPoolPages(layout, {1600, 3, 0}, 400 * page).value(), 240);
+  const auto too_little = DefaultPoolPages(layout, {1600, 3, 0}, 100 * page);
   EXPECT_EQ(too_little.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(too_little.status().message()), testing::HasSubstr("--max-context"));
+}
+
+TEST(PoolPagesTest, TheDefaultLeavesRoomForActivations) {
+  const kernels::KvLayout layout = SmallLayout();
+  const int64_t page = layout.PageBytes();
+  EXPECT_EQ(DefaultPoolPages(layout, {1600, 3, 100 * page}, 500 * page).value(), 240);
+  const auto too_little = DefaultPoolPages(layout, {1600, 3, 400 * page}, 500 * page);
+  EXPECT_EQ(too_little.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(too_little.status().message()), testing::HasSubstr("activations"));
+  EXPECT_THAT(std::string(too_little.status().message()), testing::HasSubstr("--max-step-tokens"));
+  EXPECT_EQ(DefaultPoolPages(layout, {1600, 3, 600 * page}, 500 * page).status().code(),
+            absl::StatusCode::kResourceExhausted);
 }
 
 TEST(FormatBytesTest, UsesTheLargestUnit) {

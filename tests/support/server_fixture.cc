@@ -17,8 +17,9 @@ constexpr size_t kLogLines = 1000;
 // `flags` after those defaults that they do not replace.
 std::vector<std::string> WithDefaults(const std::vector<std::string>& flags) {
   std::vector<std::string> all;
-  for (const std::string flag : {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=1",
-                                 "--sparse-from=0", "--pool-memory=16MiB", "--drain-timeout=10s"}) {
+  for (const std::string flag :
+       {"--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--threads=1", "--sparse-from=0",
+        "--attention-mode=rectified", "--pool-memory=16MiB", "--drain-timeout=10s"}) {
     const std::string name = std::vector<std::string>(absl::StrSplit(flag, '=')).front();
     bool replaced = false;
     for (const std::string& given : flags) replaced |= given.rfind(name + "=", 0) == 0;

@@ -23,8 +23,8 @@ struct TestServerOptions {
   TinyModelOptions model = {.max_position = 131072};
   uint64_t model_seed = 1;
   std::string chat_template = kChatMlTemplate;
-  // After the defaults: free ports, one thread, sparse from the first token on, a pool of 16 MiB.
-  // A flag given here replaces its default.
+  // After the defaults: free ports, one thread, rectified, sparse from the first token on, a pool
+  // of 16 MiB. A flag given here replaces its default.
   std::vector<std::string> flags = {};
   // False: it listens, but LoadModel is the test's to call.
   bool load = true;

@@ -1,0 +1,79 @@
+#include "server/attention_choice.h"
+
+#include <algorithm>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "engine/step_cost.h"
+
+namespace resa::server {
+namespace {
+
+void Describe(const kernels::Ceilings& ceilings, const engine::AttentionForecast& forecast,
+              resa::v1::AttentionChoice* out) {
+  out->set_read_bytes_per_second(ceilings.read_bytes_per_s);
+  out->set_flops_per_second(ceilings.flops_per_s);
+  out->set_context_tokens(forecast.context);
+  out->set_dense_step_seconds(forecast.dense_seconds);
+  out->set_sparse_step_seconds(forecast.sparse_seconds);
+  out->set_rectification_seconds(forecast.rectification_seconds);
+}
+
+std::string ModeReason(engine::AttentionMode mode, const engine::AttentionForecast& forecast) {
+  const double share = forecast.rectification_seconds / forecast.dense_seconds;
+  return absl::StrFormat(
+      "mode %s, since at %d tokens rectification adds %.0f%% of a dense step's %.3g ms to every "
+      "token, %s the limit of %.0f%%",
+      engine::NameOf(mode), forecast.context, 100 * share, 1e3 * forecast.dense_seconds,
+      mode == engine::AttentionMode::kRectified ? "below" : "not below",
+      100 * engine::kMaxRectificationShare);
+}
+
+std::string SparseFromReason(int32_t sparse_from, int32_t longest_context) {
+  if (sparse_from > longest_context) {
+    return absl::StrCat("every step dense, since up to ", longest_context,
+                        " tokens sparse steps do not pay");
+  }
+  return absl::StrCat("sparse from ", sparse_from, " tokens, where that begins to pay");
+}
+
+}  // namespace
+
+AttentionChoice ChooseAttention(const AttentionOptions& options, Device device,
+                                const engine::ModelConfig& model, const kernels::KvLayout& layout,
+                                int32_t longest_context, kernels::Ops* ops) {
+  AttentionChoice choice;
+  choice.default_policy = options.default_policy;
+  choice.description.set_mode_is_auto(options.auto_mode);
+  choice.description.set_sparse_from_is_auto(!options.sparse_from.has_value());
+  choice.sparse_from = options.sparse_from.value_or(0);
+  if (!options.auto_mode && options.sparse_from.has_value()) {
+    choice.description.set_reason("as set");
+    return choice;
+  }
+  const kernels::Ceilings ceilings = ops->MeasureCeilings();
+  const engine::AttentionForecast forecast =
+      engine::Forecast(model, layout, options.default_policy,
+                       std::min(longest_context, engine::kReferenceContext), ceilings);
+  Describe(ceilings, forecast, &choice.description);
+  std::string reason =
+      absl::StrFormat("at %.3g GB/s and %.3g GFLOP/s: ", 1e-9 * ceilings.read_bytes_per_s,
+                      1e-9 * ceilings.flops_per_s);
+  if (options.auto_mode) {
+    // Matrix units do the arithmetic of rectification beside the reading of memory.
+    choice.default_policy.mode =
+        device == Device::kCpu ? engine::ModeFor(forecast) : engine::AttentionMode::kRectified;
+    absl::StrAppend(&reason, ModeReason(choice.default_policy.mode, forecast));
+  }
+  if (!options.sparse_from.has_value()) {
+    choice.sparse_from =
+        engine::SparseFromFor(model, layout, options.default_policy, longest_context, ceilings);
+    absl::StrAppend(&reason, options.auto_mode ? "; " : "",
+                    SparseFromReason(choice.sparse_from, longest_context));
+  }
+  choice.description.set_reason(std::move(reason));
+  return choice;
+}
+
+}  // namespace resa::server

@@ -196,7 +196,7 @@ class SketchSelect {
         }
         ScorePair<kPlanes>(pair, at, bench);
       }
-      MassOfChunk(bench.estimates, group_, at, chunk, block_, memory.masses);
+      MassOfChunk(bench.estimates, bench.query, group_, at, chunk, block_, memory.masses);
     }
   }
 
@@ -216,8 +216,8 @@ class SketchSelect {
     ReadScales(pair, scales_at_, &factors);
     if constexpr (kPlanes == 1 && kReadPlaneByTables) {
       UnpackNibbles(pair, d_, bench.nibbles);
-      EstimatePairByTables(bench.nibbles, d_, group_, bench.query, bench.tables, factors, at,
-                           &bench.estimates);
+      const auto estimate = d_ == 64 ? &EstimatePairByTables<64> : &EstimatePairByTables<128>;
+      estimate(bench.nibbles, group_, bench.tables, factors, at, &bench.estimates);
     } else {
       UnpackPair<kPlanes>(pair, d_, bench.codes);
       EstimatePair(bench.codes, d_, group_, bench.query, factors, at, &bench.estimates);

@@ -42,18 +42,17 @@ HWY_INLINE VI32 NearestOrLeast(VF x) {
 #endif
 }
 
-// The mass of x = estimate - base, 2^23 times both given; 0 below 2^-127. x < 128.
-HWY_INLINE VF MassOf(VF estimate, VF base) {
+// The mass of 2^-23 `steps`, less than 128; 0 below -127.
+HWY_INLINE VF MassOf(VF steps) {
   const DI32 di;
-  const auto steps = NearestOrLeast(hn::Sub(estimate, base));
-  const auto bits = hn::Add(steps, hn::Set(di, 0x3f800000));
+  const auto bits = hn::Add(NearestOrLeast(steps), hn::Set(di, 0x3f800000));
   return hn::BitCast(DF(), hn::Max(bits, hn::Zero(di)));
 }
 
 // A unit's masses of one pass: blocks in the order they were scored, chunks of kChunkTokens.
 struct Masses {
   float* of_block;      // [group][stride]
-  float* chunk_top;     // [group][chunk_stride]: m, as estimates are
+  float* chunk_top;     // [group][chunk_stride]: 2^23 m
   float* chunk_sum;     // [group][chunk_stride]: the sum of the chunk's masses
   size_t stride;        // Whole chunks.
   size_t chunk_stride;  // A multiple of kTopKPadding.
@@ -77,30 +76,37 @@ HWY_INLINE void StoreBlockSums(const float* quarters, size_t block_tokens, float
   }
 }
 
-// The largest of a head's estimates, rounded up to a whole power of two; `tokens` is a multiple of
-// kMassTokens.
+// The largest of a head's estimates; `tokens` is a multiple of kMassTokens.
 inline float TopOf(const float* estimates, size_t tokens) {
   const DF d;
-  VF top0 = hn::Load(d, estimates), top1 = top0;
-  for (size_t t = 0; t < tokens; t += 2 * kLanes) {
-    top0 = hn::Max(top0, hn::Load(d, estimates + t));
-    top1 = hn::Max(top1, hn::Load(d, estimates + t + kLanes));
+  constexpr size_t kChains = kMassTokens / kLanes;  // A maximum waits for the one before.
+  VF top[kChains];
+  for (size_t i = 0; i < kChains; ++i) top[i] = hn::Load(d, estimates + i * kLanes);
+  for (size_t t = kMassTokens; t < tokens; t += kMassTokens) {
+    for (size_t i = 0; i < kChains; ++i) {
+      top[i] = hn::Max(top[i], hn::Load(d, estimates + t + i * kLanes));
+    }
   }
-  return std::ceil(Max1(hn::Max(top0, top1)) * (1.0f / kOctave)) * kOctave;
+  for (size_t n = kChains / 2; n > 0; n /= 2) {
+    for (size_t i = 0; i < n; ++i) top[i] = hn::Max(top[i], top[i + n]);
+  }
+  return Max1(top[0]);
 }
 
 // The masses of the blocks of `tokens` tokens (a multiple of kMassTokens) of one head, relative to
-// that of `top`; returns their sum.
-inline float MassOfBlocks(const float* estimates, size_t tokens, float top, size_t block_tokens,
-                          float* masses) {
+// that of 2^-23 `top`; returns their sum.
+inline float MassOfBlocks(const float* estimates, size_t tokens, float octaves, float top,
+                          size_t block_tokens, float* masses) {
   const DF d;
+  const VF factor = hn::Set(d, octaves);
   const VF base = hn::Set(d, top - kMassOctaves * kOctave);
   VF total = hn::Zero(d);
   for (size_t t = 0; t < tokens; t += kMassTokens) {
     HWY_ALIGN float quarters[kPageTokens];
     for (size_t v = 0; v < kPageVectors; ++v) {
       const auto mass_of = [&](size_t page) {
-        return MassOf(hn::Load(d, estimates + t + page * kPageTokens + v * kLanes), base);
+        const VF estimate = hn::Load(d, estimates + t + page * kPageTokens + v * kLanes);
+        return MassOf(hn::MulSub(estimate, factor, base));
       };
       const VF sums = SumBlocksOf4(mass_of(0), mass_of(1), mass_of(2), mass_of(3));
       hn::Store(sums, d, quarters + v * kLanes);
@@ -112,17 +118,18 @@ inline float MassOfBlocks(const float* estimates, size_t tokens, float top, size
 }
 
 // The masses of a chunk whose estimates are complete: all heads, `tokens` of them scored.
-inline void MassOfChunk(ChunkEstimates& estimates, size_t group, size_t tokens, size_t chunk,
-                        size_t block_tokens, const Masses& masses) {
+inline void MassOfChunk(ChunkEstimates& estimates, const SketchQuery& query, size_t group,
+                        size_t tokens, size_t chunk, size_t block_tokens, const Masses& masses) {
   const size_t padded = (tokens + kMassTokens - 1) / kMassTokens * kMassTokens;
   for (size_t g = 0; g < group; ++g) {
     float* const of_head = estimates.of_head[g];
     std::fill(of_head + tokens, of_head + padded, kNoEstimate);
-    const float top = TopOf(of_head, padded);
+    const float octaves = query.octaves[g];
+    const float top = std::ceil(TopOf(of_head, padded) * octaves / kOctave) * kOctave;
     float* const to = masses.of_block + g * masses.stride + chunk * kChunkTokens / block_tokens;
     const size_t at = g * masses.chunk_stride + chunk;
     masses.chunk_top[at] = top;
-    masses.chunk_sum[at] = MassOfBlocks(of_head, padded, top, block_tokens, to);
+    masses.chunk_sum[at] = MassOfBlocks(of_head, padded, octaves, top, block_tokens, to);
   }
 }
 
@@ -140,7 +147,7 @@ inline void WeighChunks(const Masses& masses, size_t group, size_t chunks) {
     const VF base = hn::Set(d, Max1(most));
     VF total = hn::Zero(d);
     for (size_t c = 0; c < chunks; c += kLanes) {
-      const VF weight = MassOf(hn::Load(d, top + c), base);
+      const VF weight = MassOf(hn::Sub(hn::Load(d, top + c), base));
       total = hn::MulAdd(weight, hn::Load(d, sum + c), total);
       hn::Store(weight, d, top + c);
     }

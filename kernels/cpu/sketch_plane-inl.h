@@ -66,34 +66,66 @@ inline void PrepareTables(const SketchQuery& query, size_t group, size_t d, Plan
   }
 }
 
+// Words [4 r, 4 r + 4) of a row of each page that a vector of D8 holds tokens of: 128 bits a page.
+HWY_INLINE hn::Vec<D8> LoadWords(const PagePair& pair, size_t page, size_t row, size_t r) {
+  const D16Table half;
+  const auto load = [&](size_t i) {
+    const uint32_t* const from = pair.words[page + i] + row * kPageTokens + 4 * r;
+    return hn::LoadU(half, reinterpret_cast<const uint8_t*>(from));
+  };
+#if HWY_MAX_BYTES >= 32
+  return hn::Combine(D8(), load(1), load(0));
+#else
+  return load(0);
+#endif
+}
+
 // nibbles[i][token]: four bits of the sign plane, components 4 i ..., as table indices.
 inline void UnpackNibbles(const PagePair& pair, size_t d, uint8_t (*nibbles)[kPairTokens]) {
-  const D16Table du;
-  const auto low = hn::Set(du, uint8_t{15});
+  const D8 d8;
+  const hn::Repartition<uint32_t, D8> d32;
+  const hn::Repartition<uint64_t, D8> d64;
+  // Brings the same byte of four words together.
+  alignas(16) static constexpr uint8_t kByByte[16] = {0, 4, 8,  12, 1, 5, 9,  13,
+                                                      2, 6, 10, 14, 3, 7, 11, 15};
+  const auto by_byte = hn::LoadDup128(d8, kByByte);
+  const auto low = hn::Set(d8, uint8_t{15});
   for (size_t w = 0; w < d / 32; ++w) {
-    for (size_t page = 0; page < 2; ++page) {
-      hn::Vec<D16Table> bytes[4];
-      hn::LoadInterleaved4(du, reinterpret_cast<const uint8_t*>(pair.words[page] + w * kPageTokens),
-                           bytes[0], bytes[1], bytes[2], bytes[3]);
-      for (size_t b = 0; b < 4; ++b) {
-        uint8_t* const to = nibbles[w * 8 + b * 2] + page * kPageTokens;
-        hn::Store(hn::And(bytes[b], low), du, to);
-        hn::Store(hn::ShiftRight<4>(bytes[b]), du, to + kPairTokens);
-      }
+    for (size_t page = 0; page < 2; page += hn::Lanes(d8) / kPageTokens) {
+      const auto grouped = [&](size_t r) {
+        return hn::BitCast(d32, hn::TableLookupBytes(LoadWords(pair, page, w, r), by_byte));
+      };
+      // Four by four groups are transposed: a vector per byte of the words, tokens in order.
+      const auto a = grouped(0), b = grouped(1), c = grouped(2), e = grouped(3);
+      const auto ab01 = hn::BitCast(d64, hn::InterleaveLower(d32, a, b));
+      const auto ab23 = hn::BitCast(d64, hn::InterleaveUpper(d32, a, b));
+      const auto ce01 = hn::BitCast(d64, hn::InterleaveLower(d32, c, e));
+      const auto ce23 = hn::BitCast(d64, hn::InterleaveUpper(d32, c, e));
+      const auto store = [&](auto bytes64, size_t byte) {
+        const auto bytes = hn::BitCast(d8, bytes64);
+        uint8_t* const to = nibbles[w * 8 + byte * 2] + page * kPageTokens;
+        hn::Store(hn::And(bytes, low), d8, to);
+        hn::Store(hn::ShiftRight<4>(bytes), d8, to + kPairTokens);
+      };
+      store(hn::InterleaveLower(d64, ab01, ce01), 0);
+      store(hn::InterleaveUpper(d64, ab01, ce01), 1);
+      store(hn::InterleaveLower(d64, ab23, ce23), 2);
+      store(hn::InterleaveUpper(d64, ab23, ce23), 3);
     }
   }
 }
 
 // dots[token]: sum over components of the s8 query with the plane's signs.
-HWY_INLINE void DotPlane(const uint8_t (*nibbles)[kPairTokens], size_t d,
-                         const uint8_t (*tables)[16], int16_t* dots) {
+template <size_t kDim>
+HWY_INLINE void DotPlane(const uint8_t (*nibbles)[kPairTokens], const uint8_t (*tables)[16],
+                         int16_t* dots) {
   const D8 d8;
   const hn::Repartition<uint16_t, D8> d16;
   const hn::Repartition<int16_t, D8> di16;
-  const auto bias = hn::Set(d16, static_cast<uint16_t>(d / 8 * 128));
+  const auto bias = hn::Set(d16, static_cast<uint16_t>(kDim / 8 * 128));
   for (size_t at = 0; at < kPairTokens; at += hn::Lanes(d8)) {
     auto words = hn::Zero(d16), upper = hn::Zero(d16);
-    for (size_t i = 0; i < d / 4; i += 2) {
+    for (size_t i = 0; i < kDim / 4; i += 2) {
       const auto even =
           hn::TableLookupBytes(hn::LoadDup128(d8, tables[i]), hn::Load(d8, nibbles[i] + at));
       const auto odd = hn::TableLookupBytes(hn::LoadDup128(d8, tables[i + 1]),
@@ -108,22 +140,22 @@ HWY_INLINE void DotPlane(const uint8_t (*nibbles)[kPairTokens], size_t d,
   }
 }
 
-// EstimatePair() for one plane; `query` was prepared for one.
-inline void EstimatePairByTables(const uint8_t (*nibbles)[kPairTokens], size_t d, size_t group,
-                                 const SketchQuery& query, const PlaneTables& tables,
-                                 const TokenFactors& tokens, size_t at, ChunkEstimates* out) {
+// EstimatePair() for one plane.
+template <size_t kDim>
+void EstimatePairByTables(const uint8_t (*nibbles)[kPairTokens], size_t group,
+                          const PlaneTables& tables, const TokenFactors& tokens, size_t at,
+                          ChunkEstimates* out) {
   const DF df;
   const hn::Rebind<int16_t, DF> d16;
   for (size_t g = 0; g < group; ++g) {
     HWY_ALIGN int16_t dots[kPairTokens];
-    DotPlane(nibbles, d, tables.of_head[g], dots);
-    const VF factor = hn::Load(df, query.scale[g]);
+    DotPlane<kDim>(nibbles, tables.of_head[g], dots);
+
     float* const to = out->of_head[g] + at;
     for (size_t t = 0; t < kPairTokens; t += kLanes) {
       const VF dot = hn::ConvertTo(df, hn::PromoteTo(DI32(), hn::Load(d16, dots + t)));
-      const VF estimate = hn::MulAdd(hn::Mul(dot, factor), hn::Load(df, tokens.scale + t),
-                                     hn::Load(df, tokens.offset + t));
-      hn::Store(estimate, df, to + t);
+      const VF scale = hn::Load(df, tokens.scale + t), offset = hn::Load(df, tokens.offset + t);
+      hn::Store(hn::MulAdd(dot, scale, offset), df, to + t);
     }
   }
 }

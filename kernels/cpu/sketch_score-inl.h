@@ -36,10 +36,12 @@ constexpr size_t kPairTokens = 2 * kPageTokens;  // Tokens scored at a time.
 constexpr size_t kPageVectors = kPageTokens / kLanes;
 constexpr size_t kPairVectors = kPairTokens / kLanes;
 constexpr size_t kMaxQuads = kMaxHeadDim / 4;
-constexpr float kOctave = 8388608.0f;  // 2^23, the unit of estimates: a step of a float's mantissa.
-constexpr float kNoEstimate = -1e36f;  // Of a token that does not count; weighs nothing.
-// Queries and scales past this count as not finite, so that no product of theirs overflows.
-constexpr float kLargestFactor = 1e12f;
+// Queries and scales past the first count as not finite, queries below the second as zero, so that
+// no product of theirs overflows and kNoEstimate is far below any estimate.
+constexpr float kLargestFactor = 1e9f;
+constexpr float kLeastFactor = 1e-14f;
+constexpr float kNoEstimate = -1e20f;  // Of a token that does not count; weighs nothing.
+constexpr float kOctave = 8388608.0f;  // 2^23, the steps of a float's mantissa
 
 // ---- the multiply-add of four u8 codes with four s8 queries -------------------------------------
 
@@ -112,7 +114,7 @@ struct SketchQuery {
   alignas(64) int32_t quads[kMaxGroup][kQueryStride];  // Four s8 each.
   alignas(64) int8_t rounded[kMaxGroup][kMaxHeadDim];  // The s8 values in order.
   alignas(64) int32_t start[kMaxGroup][kLanes];        // What the sums of products begin with.
-  alignas(64) float scale[kMaxGroup][kLanes];  // s8 step d^-1/2 log2(e) 2^23 of the planes read
+  float octaves[kMaxGroup];  // s8 step d^-1/2 log2(e) 2^23 of the planes read; not 0
 };
 
 // One head's query; a query that is not finite counts as zero.
@@ -132,8 +134,8 @@ void PrepareHead(const float* q, size_t g, float ratio, SketchQuery* out) {
     total += sum;
   }
   // The maximum may pass over a NaN, the sum does not.
-  const float scale = total < kLargestFactor ? top / kSketchQueryRange : 0.0f;
-  const bool counts = scale > 0.0f;
+  const float scale = top / kSketchQueryRange;
+  const bool counts = total < kLargestFactor && scale > kLeastFactor;
   const VF inverse = hn::Set(d, counts ? 1.0f / scale : 0.0f);
   int8_t* const rounded = out->rounded[g];
   auto sum = hn::Zero(di);
@@ -157,7 +159,7 @@ void PrepareHead(const float* q, size_t g, float ratio, SketchQuery* out) {
   std::fill_n(out->start[g], kLanes, start);
   const float octaves = 1.44269504088896341f * kOctave;
   const float per_root = 1.0f / std::sqrt(static_cast<float>(kDim));
-  std::fill_n(out->scale[g], kLanes, scale * ratio * octaves * per_root);
+  out->octaves[g] = (counts ? scale : 1.0f) * ratio * octaves * per_root;
 }
 
 // `ratio` turns stored scales into those of kPlanes.
@@ -280,7 +282,7 @@ HWY_INLINE void ReadScales(const PagePair& pair, size_t scales_at, TokenFactors*
 // ---- estimates
 // ------------------------------------------------------------------------------------
 
-// The estimates of a chunk, x = e log2(e) in units of 2^-23.
+// The estimates of a chunk: what a head's `octaves` turn into e / ln 2 in units of 2^-23.
 constexpr size_t kChunkTokens = 512;
 struct ChunkEstimates {
   alignas(64) float of_head[kMaxGroup][kChunkTokens];
@@ -314,8 +316,7 @@ void EstimateHeads(const uint32_t* codes, size_t quads, const SketchQuery& query
       const VF offset = hn::Load(df, tokens.offset + token + i * kLanes);
       for (size_t h = 0; h < kHeads; ++h) {
         const VF dot = hn::ConvertTo(df, FinishDot(sums[h][i]));
-        const VF scaled = hn::Mul(dot, hn::Load(df, query.scale[g] + h * kLanes));
-        hn::Store(hn::MulAdd(scaled, scale, offset), df, to + h * kChunkTokens + i * kLanes);
+        hn::Store(hn::MulAdd(dot, scale, offset), df, to + h * kChunkTokens + i * kLanes);
       }
     }
   }

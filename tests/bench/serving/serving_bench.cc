@@ -135,6 +135,7 @@ nlohmann::json ToJson(const Result& r) {
   return {{"server", NameOf(r.load.server)},
           {"streams", r.load.streams},
           {"connections", r.load.connections},
+          {"unix_socket", r.load.unix_socket},
           {"offered_tokens_per_s", r.load.tokens_per_s},
           {"messages_per_s", r.messages_per_s},
           {"tokens_per_s", r.tokens_per_s},
@@ -157,6 +158,8 @@ int Main(int argc, char** argv) {
             "tokens per second over all streams; 0 with bare: as fast as gRPC takes them", &rates);
   flags.Add("streams", "N", "concurrent streams (default 256)", &streams);
   flags.Add("connections", "N", "connections that carry them (default 1)", &connections);
+  flags.AddSwitch("unix", "a Unix domain socket in place of TCP on the loopback interface",
+                  &load.unix_socket);
   flags.Add("seconds", "S", "time to measure each load (default 5)", &seconds);
   flags.Add("json", "FILE", "results as JSON", &json);
   flags.AddSwitch("help", "print this and exit", &help);
@@ -171,7 +174,8 @@ int Main(int argc, char** argv) {
   load.streams = streams.value_or(load.streams);
   load.connections = connections.value_or(load.connections);
   load.seconds = seconds.value_or(load.seconds);
-  std::printf("%d streams over %d connections; %u processors\n", load.streams, load.connections,
+  std::printf("%d streams over %d connections (%s); %u processors\n", load.streams,
+              load.connections, load.unix_socket ? "Unix domain socket" : "TCP",
               std::thread::hardware_concurrency());
   PrintHeader();
   nlohmann::json results = nlohmann::json::array();

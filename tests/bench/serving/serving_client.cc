@@ -86,7 +86,7 @@ Totals Sum(const std::vector<std::unique_ptr<Stream>>& streams) {
 }  // namespace
 
 void RunClient(SharedState* shared) {
-  while (shared->port.load() == 0) absl::SleepFor(absl::Milliseconds(1));
+  while (!shared->listening.load()) absl::SleepFor(absl::Milliseconds(1));
   std::vector<int32_t> step_of_token(1 << 20, 0);
   for (int step = 0; step < kStepNames; ++step) {
     step_of_token[static_cast<size_t>(shared->token_of_step[static_cast<size_t>(step)])] = step;
@@ -95,9 +95,8 @@ void RunClient(SharedState* shared) {
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   std::vector<std::unique_ptr<InferenceService::Stub>> stubs;
   for (int i = 0; i < shared->load.connections; ++i) {
-    stubs.push_back(InferenceService::NewStub(
-        grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", shared->port.load()),
-                                  grpc::InsecureChannelCredentials(), arguments)));
+    stubs.push_back(InferenceService::NewStub(grpc::CreateCustomChannel(
+        shared->address.data(), grpc::InsecureChannelCredentials(), arguments)));
   }
   // One thread reads all streams.
   grpc::CompletionQueue queue;

@@ -2,12 +2,14 @@
 // nothing, or gRPC alone.
 
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "engine/clock.h"
 #include "engine/engine.h"
@@ -86,11 +88,16 @@ void Listen(grpc::Service* service, SharedState* shared, std::unique_ptr<grpc::S
   int port = 0;
   grpc::ServerBuilder builder;
   server::ApplyGrpcSettings(&builder);
-  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  std::string address = absl::StrCat("unix:/tmp/serving_bench.", getpid());
+  builder.AddListeningPort(shared->load.unix_socket ? address : "127.0.0.1:0",
+                           grpc::InsecureServerCredentials(), &port);
   builder.RegisterService(service);
   *server = builder.BuildAndStart();
-  RESA_CHECK(*server != nullptr && port != 0) << "cannot listen on 127.0.0.1";
-  shared->port.store(port);
+  RESA_CHECK(*server != nullptr && port != 0) << "cannot listen";
+  if (!shared->load.unix_socket) address = absl::StrCat("127.0.0.1:", port);
+  RESA_CHECK_LT(address.size(), shared->address.size());
+  std::copy(address.begin(), address.end(), shared->address.begin());
+  shared->listening.store(true);
 }
 
 void Measure(SharedState* shared) {

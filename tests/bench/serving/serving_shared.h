@@ -25,8 +25,9 @@ struct Load {
   ServerKind server = ServerKind::kResad;
   int streams = 256;
   int connections = 1;
-  double tokens_per_s = 0;  // Over all streams. kBare only: 0, as fast as they are taken.
-  double seconds = 5;       // Of measuring, after `warmup_seconds`.
+  bool unix_socket = false;  // Else TCP on the loopback interface.
+  double tokens_per_s = 0;   // Over all streams. kBare only: 0, as fast as they are taken.
+  double seconds = 5;        // Of measuring, after `warmup_seconds`.
   double warmup_seconds = 1.5;
   int stop_strings = 2;  // Per request; they never match.
 };
@@ -55,14 +56,15 @@ inline constexpr int kStepNames = 200;
 
 struct SharedState {
   Load load;
-  std::atomic<int32_t> port = 0;        // Set by the server when it listens.
+  std::atomic<bool> listening = false;  // Set by the server, after `address`.
+  std::array<char, 108> address = {};   // As gRPC spells it, with a terminating zero.
   std::atomic<bool> streaming = false;  // Set by the client when every stream has had a token.
   std::atomic<Phase> phase = Phase::kStart;
   std::atomic<int32_t> processes_done = 0;
 
   // When the step of that name handed out its tokens.
   std::array<std::atomic<int64_t>, kStepNames> handed_out_ns = {};
-  // The token id of a step name; written before `port`.
+  // The token id of a step name; written before `listening`.
   std::array<int32_t, kStepNames> token_of_step = {};
 
   // Results, of the measured time.

@@ -164,26 +164,36 @@ absl::Status CheckMemory(const kernels::KvLayout& layout, const Needs& needs) {
       " are to be had; shorten --context or --prefill, lower --batch, or cut the shape's layers"));
 }
 
+absl::Status MeasureGroup(const std::vector<std::unique_ptr<BenchRun>>& runs, double seconds,
+                          BenchReport* report) {
+  for (const auto& run : runs) std::fprintf(stderr, "measuring %s\n", run->spec().Name().c_str());
+  RESA_RETURN_IF_ERROR(MeasureRuns(runs, seconds));
+  std::vector<RunResult> results;
+  for (const auto& run : runs) results.push_back(ResultOf(*run));
+  for (Ratio& ratio : RatiosOf(results)) report->ratios.push_back(std::move(ratio));
+  for (RunResult& result : results) report->results.push_back(std::move(result));
+  return absl::OkStatus();
+}
+
 absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
   RESA_ASSIGN_OR_RETURN(Device device, MakeDevice(options));
   BenchReport report;
   report.device = device.ops->Description();
-  report.ceilings = MeasureCeilings(device.ops.get());
   report.policy = options.policy;
-  TimedOps timed(device.ops.get(), report.ceilings, device.runs_ahead);
-
   RESA_ASSIGN_OR_RETURN(const engine::LoadedModel model, MakeModel(options));
   report.model = options.model.empty() ? options.shape : options.model;
   report.config = model.config;
   report.weight_bytes = model.weights.mapped_bytes + model.weights.converted_bytes;
-  LabelWeights(model.weights, &timed);
-
   const std::vector<std::vector<RunSpec>> groups = GroupsOf(options);
   const Needs needs = NeedsOf(groups, options.policy.rectify_interval);
   const PageDeal deal(static_cast<int>(needs.lengths.size()), needs.tokens, options.seed);
   report.layout =
       engine::LayoutFor(model.config, options.selector, kernels::DType::kBF16, deal.num_pages());
   RESA_RETURN_IF_ERROR(CheckMemory(report.layout, needs));
+
+  report.ceilings = MeasureCeilings(device.ops.get());
+  TimedOps timed(device.ops.get(), report.ceilings, device.runs_ahead);
+  LabelWeights(model.weights, &timed);
   RESA_ASSIGN_OR_RETURN(const std::unique_ptr<engine::ModelExecutor> executor,
                         engine::ModelExecutor::Create(model.config, model.weights, report.layout,
                                                       needs.limits, &timed));
@@ -193,31 +203,31 @@ absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
   for (const std::vector<RunSpec>& group : groups) {
     std::vector<std::unique_ptr<BenchRun>> runs;
     for (const RunSpec& spec : group) {
-      std::fprintf(stderr, "measuring %s\n", spec.Name().c_str());
       runs.push_back(std::make_unique<BenchRun>(spec, options, model.config.vocab_size, deal,
                                                 &timed, executor.get()));
     }
-    RESA_RETURN_IF_ERROR(MeasureRuns(runs, options.seconds));
-    std::vector<RunResult> results;
-    for (const auto& run : runs) results.push_back(ResultOf(*run));
-    for (Ratio& ratio : RatiosOf(results)) report.ratios.push_back(std::move(ratio));
-    for (RunResult& result : results) report.results.push_back(std::move(result));
+    RESA_RETURN_IF_ERROR(MeasureGroup(runs, options.seconds, &report));
   }
   report.ceilings_at_end = MeasureCeilings(device.ops.get());
   return report;
 }
 
-absl::Status WriteJson(const BenchReport& report, const std::string& path) {
-  const std::string json = JsonOf(report) + "\n";
-  if (path == "-") {
-    std::fputs(json.c_str(), stdout);
-    return absl::OkStatus();
-  }
-  std::ofstream file(path);
-  file << json;
+// Measures and shows. The JSON's file is opened before, so that a wrong path costs no minutes.
+absl::Status RunAndShow(const BenchOptions& options) {
+  const bool to_file = !options.json.empty() && options.json != "-";
+  std::ofstream file;
+  if (to_file) file.open(options.json);
+  const absl::Status cannot_write =
+      absl::UnavailableError(absl::StrCat("--json: cannot write ", options.json));
+  if (to_file && !file) return cannot_write;
+
+  RESA_ASSIGN_OR_RETURN(const BenchReport report, RunBench(options));
+  const bool text = options.json != "-";
+  std::fputs(text ? TextOf(report).c_str() : (JsonOf(report) + "\n").c_str(), stdout);
+  if (!to_file) return absl::OkStatus();
+  file << JsonOf(report) << "\n";
   file.close();
-  if (!file) return absl::UnavailableError(absl::StrCat("--json: cannot write ", path));
-  return absl::OkStatus();
+  return file ? absl::OkStatus() : cannot_write;
 }
 
 int Main(int argc, char** argv) {
@@ -232,19 +242,10 @@ int Main(int argc, char** argv) {
                  std::string(options.status().message()).c_str());
     return 2;
   }
-  const absl::StatusOr<BenchReport> report = RunBench(*options);
-  if (!report.ok()) {
-    std::fprintf(stderr, "resa_bench: %s\n", std::string(report.status().message()).c_str());
-    return 1;
-  }
-  if (options->json != "-") std::fputs(TextOf(*report).c_str(), stdout);
-  if (options->json.empty()) return 0;
-  const absl::Status written = WriteJson(*report, options->json);
-  if (!written.ok()) {
-    std::fprintf(stderr, "resa_bench: %s\n", std::string(written.message()).c_str());
-    return 1;
-  }
-  return 0;
+  const absl::Status status = RunAndShow(*options);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "resa_bench: %s\n", std::string(status.message()).c_str());
+  return 1;
 }
 
 }  // namespace

@@ -20,6 +20,7 @@
 #endif
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -179,6 +180,15 @@ HWY_INLINE void PrefetchRow(const T* row, size_t d) {
   for (size_t j = 0; j < d; j += 64 / sizeof(T)) __builtin_prefetch(row + j, 0, 2);
 }
 
+// Asks for the i-th cache line of a tile's rows, of d = 2^log_d values each. Lines are asked for
+// one by one while others are used (a burst would wait for itself), and in the order of memory, so
+// that the hardware sees a stream inside each page.
+template <class T>
+HWY_INLINE void PrefetchLine(const T* const* rows, size_t i, size_t log_d) {
+  const size_t value = i * (64 / sizeof(T));
+  __builtin_prefetch(rows[value >> log_d] + (value & ((size_t{1} << log_d) - 1)), 0, 2);
+}
+
 // The keys of a tile, widened and transposed: kt[panel][component][kWide tokens]. Prefetches the
 // values of the next tile.
 template <class T>
@@ -309,19 +319,17 @@ HWY_INLINE void ScoreFew(const TileTokens<T>& tile, const TileTokens<T>& next, b
   constexpr size_t kGroups = R <= 4 || HWY_MAX_BYTES == 64 ? 2 : 1;
   static_assert(kTile % (kGroups * kLanes) == 0);
   const DF df;
+  const auto log_d = static_cast<size_t>(std::countr_zero(d));
   for (size_t t = 0; t < tokens; t += kGroups * kLanes) {
     VF acc[kGroups][R];
     for (size_t g = 0; g < kGroups; ++g) {
       for (size_t r = 0; r < R; ++r) acc[g][r] = hn::Zero(df);
     }
     for (size_t c = 0; c < d; c += 4 * kPerWord<T>) {
-      // A cache line of every token in four steps, evenly: a burst would wait for itself.
       if (prefetch) {
-        constexpr size_t kLines = kGroups * kLanes / 4, kInLine = 64 / sizeof(T);
-        const size_t step = c / (4 * kPerWord<T>);
-        for (size_t i = t + step % 4 * kLines; i < t + (step % 4 + 1) * kLines; ++i) {
-          __builtin_prefetch(next.k[i] + step / 4 * kInLine, 0, 2);
-        }
+        constexpr size_t kLines = kGroups * kLanes / 4;  // A quarter of a line per token and step.
+        const size_t line = t * d * sizeof(T) / 64 + c / (4 * kPerWord<T>)*kLines;
+        for (size_t i = line; i < line + kLines; ++i) PrefetchLine(next.k, i, log_d);
       }
       VU32 words[kGroups][4];
       for (size_t g = 0; g < kGroups; ++g) {
@@ -346,13 +354,14 @@ HWY_INLINE void AddValuesFew(const TileTokens<T>& tile, const TileTokens<T>& nex
   constexpr size_t kPairs = R <= 3 ? 2 : 1;
   constexpr size_t kStep = 2 * kLanes * kPairs;
   const DF df;
+  const auto log_d = static_cast<size_t>(std::countr_zero(d));
   for (size_t j = 0; j < d; j += kStep) {
     VF acc[R][2 * kPairs];
     for (size_t r = 0; r < R; ++r) {
       for (size_t i = 0; i < 2 * kPairs; ++i) acc[r][i] = hn::LoadU(df, o + r * d + j + i * kLanes);
     }
     for (size_t t = 0; t < tokens; ++t) {
-      if (prefetch) __builtin_prefetch(next.v[t] + j, 0, 2);
+      if (prefetch) PrefetchLine(next.v, (j / kStep * tokens + t) * kStep * sizeof(T) / 64, log_d);
       for (size_t i = 0; i < 2 * kPairs; i += 2) {
         VF first, second;
         LoadPair(tile.v[t] + j + i * kLanes, &first, &second);

@@ -36,11 +36,12 @@ constexpr size_t kPanel = 24;       // Columns of a task,
 constexpr size_t kSumsStride = 32;  // and room for the sums of a row of them.
 // Rows of a register tile on weights as stored,
 constexpr size_t kStoredRows = HWY_MAX_BYTES == 32 ? 6 : 8;
-constexpr size_t kWidenedRows = 6;  // and on widened ones.
-constexpr size_t kDirectRows = 32;  // Up to here weights are widened in registers.
-constexpr size_t kWidenedCols = 8;  // Columns that are widened together.
-constexpr size_t kRowBlock = 96;    // Rows that share one widening.
-constexpr size_t kSkew = 16;        // Keeps rows from meeting in the same sets of a cache.
+constexpr size_t kWidenedRows = 6;      // and on widened ones.
+constexpr size_t kDirectRows = 32;      // Up to here weights are widened in registers.
+constexpr size_t kWidenedCols = 8;      // Columns that are widened together.
+constexpr size_t kRowBlock = 96;        // Rows that share one widening.
+constexpr size_t kTasksPerThread = 12;  // So that none trails at the end for long.
+constexpr size_t kSkew = 16;            // Keeps rows from meeting in the same sets of a cache.
 static_assert(kPanel % kWidenedCols == 0 && kRowBlock % kWidenedRows == 0);
 
 // The length of K's chunks.
@@ -316,25 +317,35 @@ void LinearImpl(Context& context, const LinearParams& params) {
   PackRows(context, params, p.k_padded, packed);
 
   const bool direct = p.rows <= kDirectRows;
+  const size_t panels = (p.cols + kPanel - 1) / kPanel;
   const size_t block = std::min(p.rows, kRowBlock);
   const size_t blocks = (p.rows + block - 1) / block;
-  const size_t panels = (p.cols + kPanel - 1) / kPanel;
-  context.pool.For(static_cast<int64_t>(panels * blocks), [&](int64_t task, int thread) {
+  // Few rows stream: a task takes panels that follow each other, the next one being on its way
+  // while one is worked on.
+  const size_t run =
+      direct ? std::max<size_t>(
+                   1, panels / (kTasksPerThread * static_cast<size_t>(context.pool.threads())))
+             : 1;
+  const size_t runs = (panels + run - 1) / run;
+  context.pool.For(static_cast<int64_t>(runs * blocks), [&](int64_t task, int thread) {
     Scratch& scratch = context.of_thread[static_cast<size_t>(thread)];
     scratch.Reset(Scratch::BytesFor<float>(block * kSumsStride) +
                   Scratch::BytesFor<float>(kWidenedCols * (p.chunk + kSkew)));
     float* const sums = scratch.Take<float>(block * kSumsStride);
     float* const panel = scratch.Take<float>(kWidenedCols * (p.chunk + kSkew));
-    const size_t begin = static_cast<size_t>(task) % panels * kPanel;
-    const size_t count = std::min(kPanel, p.cols - begin);
-    const size_t row = static_cast<size_t>(task) / panels * block;
+    const size_t row = static_cast<size_t>(task) / runs * block;
     const size_t rows = std::min(block, p.rows - row);
-    if (direct) {
-      PanelDirect(p, begin, count, sums);
-    } else {
-      PanelWidened(p, begin, count, row, rows, sums, panel);
+    const size_t first = static_cast<size_t>(task) % runs * run;
+    for (size_t i = first; i < std::min(first + run, panels); ++i) {
+      const size_t begin = i * kPanel;
+      const size_t count = std::min(kPanel, p.cols - begin);
+      if (direct) {
+        PanelDirect(p, begin, count, sums);
+      } else {
+        PanelWidened(p, begin, count, row, rows, sums, panel);
+      }
+      for (size_t r = 0; r < rows; ++r) Finish(p, row + r, begin, count, sums + r * kSumsStride);
     }
-    for (size_t r = 0; r < rows; ++r) Finish(p, row + r, begin, count, sums + r * kSumsStride);
   });
 }
 

@@ -21,6 +21,7 @@ namespace resa::kernels::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr size_t kBlocksPerTask = 256;
+constexpr size_t kPagesAhead = 8;
 
 // The positive and the negative part of the group's mean query, even and odd elements of each
 // group of 2 kLanes apart, as the descriptors are widened.
@@ -96,6 +97,11 @@ void SelectMinMaxImpl(Context& context, const SelectParams& p, OpCounters* count
     const size_t begin = (static_cast<size_t>(task) - unit.first_task) * kBlocksPerTask;
     const size_t end = std::min(unit.blocks, begin + kBlocksPerTask);
     for (size_t i = begin; i < end; ++i) {
+      // Pages lie anywhere, so the hardware cannot foresee the next one.
+      const std::byte* const ahead = DescriptorOf(p, unit, std::min(i + kPagesAhead, end - 1));
+      for (size_t at = 0; at < p.layout.DescriptorRunBytes(); at += 64) {
+        __builtin_prefetch(ahead + at);
+      }
       scores[unit.memory + i] = ScoreBlock(DescriptorOf(p, unit, i), d, q);
     }
   });

@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -23,6 +24,9 @@ void Fill(const kernels::SampleResult& sample, TokenLogprob* out) {
     out->top.emplace_back(sample.top_ids[i], sample.top_logprobs[i]);
   }
 }
+
+// Takes part in steps, or stands in the way of those that do.
+bool IsActive(const Sequence& sequence) { return sequence.running || !sequence.pages.empty(); }
 
 }  // namespace
 
@@ -112,8 +116,7 @@ bool Engine::Step() {
   }
   const absl::Time start = clock_->Now();
   ++step_count_;
-  scheduler_.Plan(view_, pool_, &plan_);
-  RESA_CHECK(!plan_.empty()) << "nothing to do for " << sequences_.size() << " sequences";
+  MakePlan();
   ApplyPlan();
   Execute();
   PostProcess(start);
@@ -138,17 +141,23 @@ void Engine::Accept(std::unique_ptr<Request> request) {
   const RequestId id = request->id;
   LiveRequest& live = live_[id];
   live.request = std::move(request);
-  live.outputs_left = live.request->n;
   const Request& accepted = *live.request;
+  next_deadline_ = std::min(next_deadline_, accepted.deadline);
   accepted.sink->OnAccepted(static_cast<int32_t>(accepted.prompt.size()), /*cached_tokens=*/0);
+  std::vector<std::unique_ptr<Sequence>> outputs;
   for (int32_t index = 0; index < accepted.n; ++index) {
-    sequences_.push_back(
-        std::make_unique<Sequence>(accepted, index, next_order_++, options_.eos_ids));
-    view_.push_back(sequences_.back().get());
+    outputs.push_back(std::make_unique<Sequence>(accepted, index, next_order_++, options_.eos_ids));
+    live.outputs.push_back(outputs.back().get());
   }
-  for (size_t i = sequences_.size() - accepted.n; i < sequences_.size(); ++i) {
-    if (!sequences_[i]->done) Begin(sequences_[i].get());
+  for (const auto& output : outputs) {
+    if (!output->done) Begin(output.get());
   }
+  // The youngest of their priority.
+  const auto place =
+      std::upper_bound(sequences_.begin(), sequences_.end(), outputs.front(),
+                       [](const auto& a, const auto& b) { return RanksBefore(*a, *b); });
+  sequences_.insert(place, std::make_move_iterator(outputs.begin()),
+                    std::make_move_iterator(outputs.end()));
 }
 
 void Engine::Begin(Sequence* sequence) {
@@ -176,13 +185,44 @@ void Engine::Begin(Sequence* sequence) {
 
 void Engine::ExpireDeadlines() {
   const absl::Time now = clock_->Now();
+  if (now < next_deadline_) return;
+  next_deadline_ = absl::InfiniteFuture();
   for (const auto& sequence : sequences_) {
-    if (sequence->done || sequence->request->deadline > now) continue;
+    if (sequence->done) continue;
+    if (sequence->request->deadline > now) {
+      next_deadline_ = std::min(next_deadline_, sequence->request->deadline);
+      continue;
+    }
     EndRequest(sequence->request->id,
                absl::DeadlineExceededError(sequence->first_scheduled == absl::InfiniteFuture()
                                                ? "the deadline passed while the request was queued"
                                                : "the deadline passed while tokens were made"));
   }
+}
+
+void Engine::MakePlan() {
+  view_.clear();
+  view_index_.clear();
+  int32_t active_left = active_;
+  int32_t others_left = options_.scheduler.max_sequences;
+  for (size_t i = 0; i < sequences_.size() && active_left + others_left > 0; ++i) {
+    const Sequence& sequence = *sequences_[i];
+    if (IsActive(sequence)) {
+      --active_left;
+    } else if (sequence.waits_for_sibling || others_left == 0) {
+      continue;
+    } else {
+      --others_left;
+    }
+    view_.push_back(&sequence);
+    view_index_.push_back(static_cast<int32_t>(i));
+  }
+  scheduler_.Plan(view_, pool_, &plan_);
+  RESA_CHECK(!plan_.empty()) << "nothing to do for " << sequences_.size() << " sequences";
+  for (std::vector<int32_t>* list : {&plan_.preempt, &plan_.admit, &plan_.stalled}) {
+    for (int32_t& index : *list) index = view_index_[index];
+  }
+  for (Segment& segment : plan_.segments) segment.sequence = view_index_[segment.sequence];
 }
 
 void Engine::ApplyPlan() {
@@ -192,13 +232,17 @@ void Engine::ApplyPlan() {
     if (sequence->running) {
       ++sequence->preemptions;
       ++totals_.preemptions;
+      --totals_.running;
     }
     ForgetPages(sequence);
+    --active_;
   }
   const absl::Time now = clock_->Now();
   for (int32_t index : plan_.admit) {
     Sequence* sequence = sequences_[index].get();
+    if (!IsActive(*sequence)) ++active_;
     sequence->running = true;
+    ++totals_.running;
     if (sequence->first_scheduled != absl::InfiniteFuture()) continue;
     sequence->first_scheduled = now;
     LiveRequest& live = live_.at(sequence->request->id);
@@ -320,10 +364,8 @@ void Engine::CountWork(Sequence* sequence, const Work& work, StepReport* report)
 // The first output has the whole prompt in the pool: the others take a share in its pages and run
 // the prompt's last token themselves, which gives each its own logits.
 void Engine::ForkSiblings(const Sequence& first) {
-  for (const auto& sequence : sequences_) {
-    if (sequence->request != first.request || !sequence->waits_for_sibling || sequence->done) {
-      continue;
-    }
+  for (Sequence* sequence : live_.at(first.request->id).outputs) {
+    if (!sequence->waits_for_sibling) continue;
     sequence->waits_for_sibling = false;
     sequence->kv_len = sequence->prompt_len - 1;
     sequence->rectified_len = sequence->kv_len;
@@ -331,6 +373,7 @@ void Engine::ForkSiblings(const Sequence& first) {
     const int32_t pages = PagesFor(sequence->kv_len);
     sequence->pages.assign(first.pages.begin(), first.pages.begin() + pages);
     for (int32_t page : sequence->pages) pool_.AddOwner(PageId{page});
+    if (IsActive(*sequence)) ++active_;
   }
 }
 
@@ -415,23 +458,17 @@ void Engine::Finish(Sequence* sequence, Finished finished) {
   finished.attention = sequence->attention;
   observer_->OnFinished(finished);
 
-  ReleasePages(sequence);
-  sequence->done = true;
+  MarkDone(sequence);
+  std::erase(live_.at(request.id).outputs, sequence);
   request.sink->OnFinished(std::move(finished));
-  LiveRequest& live = live_.at(request.id);
-  --live.outputs_left;
 }
 
 void Engine::EndRequest(RequestId id, const absl::Status& status) {
   const auto found = live_.find(id);
-  if (found == live_.end() || found->second.outputs_left == 0) return;
+  if (found == live_.end() || found->second.outputs.empty()) return;
   LiveRequest& live = found->second;
-  live.outputs_left = 0;
-  for (const auto& sequence : sequences_) {
-    if (sequence->request != live.request.get() || sequence->done) continue;
-    ReleasePages(sequence.get());
-    sequence->done = true;
-  }
+  for (Sequence* sequence : live.outputs) MarkDone(sequence);
+  live.outputs.clear();
   observer_->OnError(status);
   live.request->sink->OnError(status);
 }
@@ -447,15 +484,21 @@ void Engine::ReleasePages(Sequence* sequence) {
   sequence->pages.clear();
 }
 
+void Engine::MarkDone(Sequence* sequence) {
+  if (IsActive(*sequence)) --active_;
+  if (sequence->running) --totals_.running;
+  ReleasePages(sequence);
+  sequence->done = true;
+  any_done_ = true;
+}
+
 // Forgets sequences that are done, then requests that have none left.
 void Engine::Retire() {
-  const auto is_done = [](const auto& sequence) { return sequence->done; };
-  if (std::none_of(sequences_.begin(), sequences_.end(), is_done)) return;
-  std::erase_if(sequences_, is_done);
-  view_.clear();
-  for (const auto& sequence : sequences_) view_.push_back(sequence.get());
+  if (!any_done_) return;
+  any_done_ = false;
+  std::erase_if(sequences_, [](const auto& sequence) { return sequence->done; });
   absl::erase_if(live_, [this](auto& entry) {
-    if (entry.second.outputs_left > 0) return false;
+    if (!entry.second.outputs.empty()) return false;
     LeaveQueue(&entry.second);
     return true;
   });
@@ -463,8 +506,6 @@ void Engine::Retire() {
 
 void Engine::PublishLoad(bool progress) {
   totals_.steps = step_count_;
-  totals_.running = 0;
-  for (const auto& sequence : sequences_) totals_.running += sequence->running ? 1 : 0;
   totals_.waiting = static_cast<int32_t>(sequences_.size()) - totals_.running;
   totals_.pages_total = pool_.num_pages();
   totals_.pages_used = pool_.num_pages() - pool_.free_pages();
@@ -475,7 +516,11 @@ void Engine::PublishLoad(bool progress) {
 
 void Engine::CheckInvariants() const {
   std::vector<int32_t> owners(pool_.num_pages(), 0);
+  int32_t running = 0;
+  int32_t active = 0;
   for (const auto& sequence : sequences_) {
+    running += sequence->running ? 1 : 0;
+    active += IsActive(*sequence) ? 1 : 0;
     RESA_CHECK_LE(sequence->rectified_len, sequence->kv_len);
     RESA_CHECK_LT(sequence->kv_len, sequence->size());
     RESA_CHECK_GE(static_cast<int32_t>(sequence->pages.size()), PagesFor(sequence->kv_len));
@@ -488,6 +533,10 @@ void Engine::CheckInvariants() const {
     free_pages += owners[page] == 0 ? 1 : 0;
   }
   RESA_CHECK_EQ(free_pages, pool_.free_pages());
+  RESA_CHECK_EQ(running, totals_.running);
+  RESA_CHECK_EQ(active, active_);
+  RESA_CHECK(std::is_sorted(sequences_.begin(), sequences_.end(),
+                            [](const auto& a, const auto& b) { return RanksBefore(*a, *b); }));
 }
 
 }  // namespace resa::engine

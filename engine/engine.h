@@ -80,13 +80,14 @@ class Engine {
   // An accepted request until its last output has ended.
   struct LiveRequest {
     std::unique_ptr<Request> request;
-    int32_t outputs_left = 0;
-    bool queued = true;  // Counts as waiting in the inbox.
+    std::vector<Sequence*> outputs;  // Those that have not ended.
+    bool queued = true;              // Counts as waiting in the inbox.
   };
 
   // A step, in order.
   void ReadMail();
   void ExpireDeadlines();
+  void MakePlan();
   void ApplyPlan();
   void GivePages(Sequence* sequence, const Work& work);
   void Execute();
@@ -103,6 +104,7 @@ class Engine {
   void EndRequest(RequestId id, const absl::Status& status);
   void LeaveQueue(LiveRequest* live);
   void ReleasePages(Sequence* sequence);
+  void MarkDone(Sequence* sequence);
   bool EndsOutput(const Sequence& sequence, int32_t token) const;
 
   // Constant after construction.
@@ -121,8 +123,14 @@ class Engine {
   KvPool pool_;
   Scheduler scheduler_;
   absl::flat_hash_map<RequestId, LiveRequest> live_;
-  std::vector<std::unique_ptr<Sequence>> sequences_;  // In order of arrival, then index.
-  std::vector<const Sequence*> view_;                 // The same, for the scheduler.
+  std::vector<std::unique_ptr<Sequence>> sequences_;  // By rank.
+  // A step looks at what runs or owns pages, and at as many others as could be admitted; the rest
+  // of a long queue costs it nothing.
+  std::vector<const Sequence*> view_;                  // What the scheduler is shown, by rank.
+  std::vector<int32_t> view_index_;                    // Where it stands in sequences_.
+  int32_t active_ = 0;                                 // Sequences that run or own pages.
+  bool any_done_ = false;                              // Something is to be retired.
+  absl::Time next_deadline_ = absl::InfiniteFuture();  // No request's is earlier.
   StepPlan plan_;
   std::vector<PageCopy> copies_;
   std::vector<SegmentInput> segments_;

@@ -53,12 +53,12 @@ void Scheduler::Plan(absl::Span<const Sequence* const> sequences, const KvPool& 
   claims_.assign(sequences.size(), Claim{});
   rank_.resize(sequences.size());
   std::iota(rank_.begin(), rank_.end(), 0);
-  std::sort(rank_.begin(), rank_.end(), [&](int32_t a, int32_t b) {
-    const int32_t priority_a = sequences[a]->request->priority;
-    const int32_t priority_b = sequences[b]->request->priority;
-    if (priority_a != priority_b) return priority_a > priority_b;
-    return sequences[a]->order < sequences[b]->order;
-  });
+  const auto ranks_before = [&](int32_t a, int32_t b) {
+    return RanksBefore(*sequences[a], *sequences[b]);
+  };
+  if (!std::is_sorted(rank_.begin(), rank_.end(), ranks_before)) {
+    std::sort(rank_.begin(), rank_.end(), ranks_before);
+  }
 
   ClaimDecodeRows(plan);
   ClaimPrefillRows();

@@ -38,6 +38,12 @@ struct SchedulerLimits {
 // smallest chunk do not fit into a step.
 absl::Status ValidateLimits(const SchedulerLimits& limits);
 
+// Higher priority first, then older.
+inline bool RanksBefore(const Sequence& a, const Sequence& b) {
+  if (a.request->priority != b.request->priority) return a.request->priority > b.request->priority;
+  return a.order < b.order;
+}
+
 // Holds scratch memory between steps and nothing that a plan depends on. Thread: the engine's.
 class Scheduler {
  public:
@@ -45,7 +51,9 @@ class Scheduler {
   explicit Scheduler(const SchedulerLimits& limits);
 
   // Fills `plan`, whose memory is reused. When any sequence can run, the plan is not empty: it has
-  // a segment, or it preempts. REQUIRES that each sequence fits into the empty pool.
+  // a segment, or it preempts. REQUIRES that each sequence fits into the empty pool. Quickest when
+  // the sequences come by rank. Of those that neither run nor own pages only the first
+  // max_sequences by rank matter: nobody is admitted past them.
   void Plan(absl::Span<const Sequence* const> sequences, const KvPool& pool, StepPlan* plan);
 
   const SchedulerLimits& limits() const { return limits_; }

@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -23,6 +24,41 @@ using ::testing::SizeIs;
 constexpr absl::StatusCode kInternal = absl::StatusCode::kInternal;
 
 // ---- one request ----
+
+// Far more wait than a step looks at; still the highest rank goes first.
+TEST_F(EngineTest, ALongQueueIsServedByRank) {
+  constexpr int kRequests = 200;
+  options_.max_waiting = kRequests;
+  std::vector<std::pair<int32_t, int32_t>> expected;  // -priority, name
+  const auto submit = [&](int32_t name, int32_t priority) {
+    auto request = MakeRequest(3, 1);
+    request->prompt[0] = name;
+    request->priority = priority;
+    Submit(std::move(request));
+    expected.emplace_back(-priority, name);
+  };
+  for (int32_t i = 0; i < kRequests - 2; ++i) submit(200 + i, (i * 7) % 5 - 2);
+  Steps(3);
+  EXPECT_EQ(engine().Load().running + engine().Load().waiting, kRequests - 2 - 3 * 4);
+  // One that overtakes them all, and one that goes last.
+  std::sort(expected.begin(), expected.end());
+  const auto served = expected.begin() + 3 * 4;
+  std::vector<std::pair<int32_t, int32_t>> rest(served, expected.end());
+  expected.erase(served, expected.end());
+  submit(190, 9);
+  submit(191, -9);
+  expected.insert(expected.end() - 1, rest.begin(), rest.end());
+  RunDry();
+  std::vector<int32_t> order;
+  for (const ScriptedExecutor::Step& step : executor_.steps) {
+    for (const ScriptedExecutor::Segment& segment : step.segments) {
+      order.push_back(segment.tokens[0]);
+    }
+  }
+  std::vector<int32_t> names;
+  for (const auto& [priority, name] : expected) names.push_back(name);
+  EXPECT_EQ(order, names);
+}
 
 TEST_F(EngineTest, NothingToDo) {
   EXPECT_FALSE(engine().Step());

@@ -191,8 +191,7 @@ class SketchSelect {
         if (survivors == nullptr) {
           PointToPages(unit, (first + at) / kPageTokens, &pair);
         } else {
-          GatherBlocks(unit, survivors + (first + at) / block_, kPlanes, pair.tokens,
-                       bench.gathered);
+          Gather(unit, survivors + (first + at) / block_, kPlanes, pair.tokens, bench.gathered);
         }
         ScorePair<kPlanes>(pair, at, bench);
       }
@@ -253,21 +252,33 @@ class SketchSelect {
   }
 
   // Copies the listed blocks, `tokens` tokens, one after the other into two pages.
+  void Gather(const SelectUnit& unit, const int32_t* ids, int planes, size_t tokens,
+              uint32_t (&to)[2][kMaxPageWords]) const {
+    switch (block_) {  // So that each copy is a load and a store.
+      case 4:
+        return GatherBlocks<4>(unit, ids, planes, tokens, to);
+      case 8:
+        return GatherBlocks<8>(unit, ids, planes, tokens, to);
+      default:
+        return GatherBlocks<16>(unit, ids, planes, tokens, to);
+    }
+  }
+  template <size_t kBlock>
   void GatherBlocks(const SelectUnit& unit, const int32_t* ids, int planes, size_t tokens,
                     uint32_t (&to)[2][kMaxPageWords]) const {
     const size_t rows = static_cast<size_t>(planes) * (d_ / 32);
-    for (size_t t = 0; t < tokens; t += block_) {
-      const size_t begin = static_cast<size_t>(ids[t / block_]) * block_;
+    for (size_t t = 0; t < tokens; t += kBlock) {
+      const size_t begin = static_cast<size_t>(ids[t / kBlock]) * kBlock;
       const uint32_t* const from = PageWords(unit, begin / kPageTokens);
       uint32_t* const page = to[t / kPageTokens];
       const size_t from_slot = begin % kPageTokens, slot = t % kPageTokens;
       for (size_t row = 0; row < rows; ++row) {
         std::memcpy(page + row * kPageTokens + slot, from + row * kPageTokens + from_slot,
-                    block_ * sizeof(uint32_t));
+                    kBlock * sizeof(uint32_t));
       }
       const auto* const from_scales = reinterpret_cast<const bf16*>(from + scales_at_);
       auto* const scales = reinterpret_cast<bf16*>(page + scales_at_);
-      std::memcpy(scales + slot, from_scales + from_slot, block_ * sizeof(bf16));
+      std::memcpy(scales + slot, from_scales + from_slot, kBlock * sizeof(bf16));
     }
   }
 

@@ -53,10 +53,10 @@ struct CeilingShare {
 };
 inline constexpr CeilingShare kLinearShare = {.bytes = 0.8, .flops = 0.8};
 inline constexpr CeilingShare kDenseAttendShare = {.bytes = 0.95, .flops = 0.5};
-inline constexpr CeilingShare kSelectShare = {.bytes = 0.5, .flops = 0.4};
-inline constexpr CeilingShare kSparseAttendShare = {.bytes = 0.5, .flops = 0.35};
+inline constexpr CeilingShare kSelectShare = {.bytes = 0.5, .flops = 0.5};
+inline constexpr CeilingShare kSparseAttendShare = {.bytes = 0.6, .flops = 0.4};
 // Two more parallel loops in every layer.
-inline constexpr double kSparseLayerSeconds = 10e-6;
+inline constexpr double kSparseLayerSeconds = 4e-6;
 
 double SecondsOf(const StepCost& cost, const kernels::Ceilings& ceilings);
 

@@ -249,39 +249,70 @@ inline Work TakeWork(Scratch& scratch, size_t d) {
   return work;
 }
 
-// Turns a row's scores of a tile's first `count` tokens into exp(score - m), moves m and l on, and
-// rescales o.
-HWY_INLINE void SoftmaxRow(float* scores, size_t count, size_t d, float* m, float* l, float* o) {
+// Turns N <= 4 rows' scores of a tile into exp(score - m), row r over its first counts[r] > 0
+// tokens, moves m and l on, and rescales o. Rows go together because each is a chain of short
+// reductions.
+template <size_t N>
+HWY_INLINE void SoftmaxRows(float* scores, const size_t* counts, size_t d, float* m, float* l,
+                            float* o) {
   const DF df;
+  const D4 d4;
   const VF none = hn::Set(df, -std::numeric_limits<float>::infinity());
-  VF top = none;
-  for (size_t j = 0; j < count; j += kLanes) {
-    VF s = hn::Load(df, scores + j);
-    if (j + kLanes > count) {
-      s = hn::IfThenElse(hn::FirstN(df, count - j), s, none);
-      hn::Store(s, df, scores + j);
+  VF tops[4] = {none, none, none, none};
+  for (size_t r = 0; r < N; ++r) {
+    float* const row = scores + r * kTile;
+    for (size_t j = 0; j < counts[r]; j += kLanes) {
+      VF s = hn::Load(df, row + j);
+      if (j + kLanes > counts[r]) {
+        s = hn::IfThenElse(hn::FirstN(df, counts[r] - j), s, none);
+        hn::Store(s, df, row + j);
+      }
+      tops[r] = hn::Max(tops[r], s);
     }
-    top = hn::Max(top, s);
   }
-  const float m_new = std::max(*m, Max1(top));
-  const VF shift = hn::Set(df, m_new);
-  VF sum = hn::Zero(df);
-  for (size_t j = 0; j < count; j += kLanes) {
-    const VF p = Exp(hn::Sub(hn::Load(df, scores + j), shift));
-    hn::Store(p, df, scores + j);
-    sum = hn::Add(sum, p);
+  HWY_ALIGN float before[4] = {}, after[4], factors[kLanes] = {}, totals[4];
+  std::copy_n(m, N, before);
+  const auto m_before = hn::Load(d4, before);
+  const auto m_after = hn::Max(m_before, Max4(tops[0], tops[1], tops[2], tops[3]));
+  hn::Store(m_after, d4, after);
+  // exp(0) is 1, exactly; -infinity is the m of a row that has seen nothing.
+  hn::Store(hn::Sub(m_before, m_after), d4, factors);
+  hn::Store(Exp(hn::Load(df, factors)), df, factors);
+
+  VF sums[4] = {hn::Zero(df), hn::Zero(df), hn::Zero(df), hn::Zero(df)};
+  for (size_t r = 0; r < N; ++r) {
+    float* const row = scores + r * kTile;
+    const VF shift = hn::Set(df, after[r]);
+    for (size_t j = 0; j < counts[r]; j += kLanes) {
+      const VF p = Exp(hn::Sub(hn::Load(df, row + j), shift));
+      hn::Store(p, df, row + j);
+      sums[r] = hn::Add(sums[r], p);
+    }
   }
-  if (*m == m_new) {
-    *l += Sum1(sum);
-    return;
+  hn::Store(Sum4(sums[0], sums[1], sums[2], sums[3]), d4, totals);
+  for (size_t r = 0; r < N; ++r) {
+    m[r] = after[r];
+    l[r] = l[r] * factors[r] + totals[r];
+    if (factors[r] == 1.0f) continue;
+    const VF factor = hn::Set(df, factors[r]);
+    for (size_t j = r * d; j < (r + 1) * d; j += kLanes) {
+      hn::StoreU(hn::Mul(hn::LoadU(df, o + j), factor), df, o + j);
+    }
   }
-  const float rescale = Exp1(*m - m_new);
-  *l = *l * rescale + Sum1(sum);
-  *m = m_new;
-  const VF factor = hn::Set(df, rescale);
-  for (size_t j = 0; j < d; j += kLanes) {
-    hn::StoreU(hn::Mul(hn::LoadU(df, o + j), factor), df, o + j);
-  }
+}
+
+// The same for rows [begin, end).
+inline void SoftmaxTile(float* scores, const size_t* counts, size_t begin, size_t end, size_t d,
+                        const Softmax& state) {
+  const auto rows = [&](size_t r, auto n) HWY_ATTR {
+    SoftmaxRows<decltype(n)::value>(scores + r * kTile, counts + r, d, state.m + r, state.l + r,
+                                    state.o + r * d);
+  };
+  size_t r = begin;
+  for (; r + 4 <= end; r += 4) rows(r, std::integral_constant<size_t, 4>());
+  if (end - r == 3) rows(r, std::integral_constant<size_t, 3>());
+  if (end - r == 2) rows(r, std::integral_constant<size_t, 2>());
+  if (end - r == 1) rows(r, std::integral_constant<size_t, 1>());
 }
 
 // ---- few rows: keys and values are used from registers ----------------------------------------
@@ -415,17 +446,17 @@ HWY_INLINE void ForFewRows(size_t rows, const Body& body) {
   }
 }
 
-// AttendTile for few rows that all attend to the tile's first `tokens` tokens.
+// AttendTile for few rows with the same count.
 template <class T>
-void AttendTileFew(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t rows,
-                   size_t d, const Work& work, const Softmax& state) {
+void AttendTileFew(const TileTokens<T>& tile, const TileTokens<T>& next, size_t rows,
+                   const size_t* counts, size_t d, const Work& work, const Softmax& state) {
+  const size_t tokens = counts[0];
+  if (tokens == 0) return;
   ForFewRows<kFewScoreRows>(rows, [&](size_t r, auto count) HWY_ATTR {
     ScoreFew<decltype(count)::value>(tile, next, r == 0, tokens, work.q + r * d, d,
                                      work.scores + r * kTile);
   });
-  for (size_t r = 0; r < rows; ++r) {
-    SoftmaxRow(work.scores + r * kTile, tokens, d, state.m + r, state.l + r, state.o + r * d);
-  }
+  SoftmaxTile(work.scores, counts, 0, rows, d, state);
   ForFewRows<kFewValueRows>(rows, [&](size_t r, auto count) HWY_ATTR {
     AddValuesFew<decltype(count)::value>(tile, next, r == 0, tokens, work.scores + r * kTile, d,
                                          state.o + r * d);
@@ -441,7 +472,7 @@ template <class T>
 void AttendTile(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tokens, size_t rows,
                 const size_t* counts, size_t d, const Work& work, const Softmax& state) {
   if (rows <= kFewRows && counts[0] == counts[rows - 1]) {
-    return AttendTileFew(tile, next, counts[0], rows, d, work, state);
+    return AttendTileFew(tile, next, rows, counts, d, work, state);
   }
   TransposeKeys(tile, next, d, work.kt);
   WidenValues(tile, next, tokens, d, work.v);
@@ -454,9 +485,7 @@ void AttendTile(const TileTokens<T>& tile, const TileTokens<T>& next, size_t tok
                    work.scores + r * kTile + t, kTile);
     }
   }
-  for (size_t r = first; r < rows; ++r) {
-    SoftmaxRow(work.scores + r * kTile, counts[r], d, state.m + r, state.l + r, state.o + r * d);
-  }
+  SoftmaxTile(work.scores, counts, first, rows, d, state);
   for (size_t r = first, n = 0; r < rows; r += n) {
     n = NextTileRows(rows - r);
     const size_t common = counts[r];  // What every row of the register tile attends to ...

@@ -109,9 +109,13 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, size_t x_stride, const Weights
     hn::Store(Sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]), D4(), flat + i);
   }
   for (size_t r = 0; r < R; ++r) {
-    for (size_t c = 0; c < C; ++c) {
-      float* const to = sums + r * kSumsStride + c;
-      *to = first ? flat[r * C + c] : *to + flat[r * C + c];
+    float* const to = sums + r * kSumsStride;
+    if constexpr (C == 2 || C == 4) {
+      const hn::CappedTag<float, C> dc;
+      const auto sum = hn::LoadU(dc, flat + r * C);
+      hn::StoreU(first ? sum : hn::Add(hn::LoadU(dc, to), sum), dc, to);
+    } else {
+      for (size_t c = 0; c < C; ++c) to[c] = first ? flat[r * C + c] : to[c] + flat[r * C + c];
     }
   }
 }

@@ -117,6 +117,26 @@ HWY_INLINE hn::Vec<D4> Sum4(VF a, VF b, VF c, VF e) {
   return sums;
 #endif
 }
+// The maxima of four vectors' lanes, as four lanes.
+HWY_INLINE hn::Vec<D4> Max4(VF a, VF b, VF c, VF e) {
+  const DF d;
+  const hn::RepartitionToWide<DF> d2;
+  const VF ab = hn::Max(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+  const VF ce = hn::Max(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+  const auto ab2 = hn::BitCast(d2, ab);
+  const auto ce2 = hn::BitCast(d2, ce);
+  const VF tops = hn::Max(hn::BitCast(d, hn::InterleaveLower(d2, ab2, ce2)),
+                          hn::BitCast(d, hn::InterleaveUpper(d2, ab2, ce2)));
+#if HWY_MAX_BYTES == 64
+  const hn::Half<DF> dh;
+  const auto half = hn::Max(hn::LowerHalf(dh, tops), hn::UpperHalf(dh, tops));
+  return hn::Max(hn::LowerHalf(D4(), half), hn::UpperHalf(D4(), half));
+#elif HWY_MAX_BYTES == 32
+  return hn::Max(hn::LowerHalf(D4(), tops), hn::UpperHalf(D4(), tops));
+#else
+  return tops;
+#endif
+}
 HWY_INLINE float Sum1(VF a) { return hn::GetLane(hn::SumOfLanes(DF(), a)); }
 HWY_INLINE float Max1(VF a) { return hn::GetLane(hn::MaxOfLanes(DF(), a)); }
 

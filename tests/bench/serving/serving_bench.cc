@@ -4,6 +4,7 @@
 // only starts them and prints. Built and run by hand; see --help.
 
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -57,11 +58,13 @@ void AwaitPhase(const SharedState& shared, Phase phase) {
 
 namespace {
 
-// The child's id. The child dies with this process's interest in it: it never returns.
+// The child's id. The child ends with this process.
 pid_t Spawn(void (*run)(SharedState*), SharedState* shared) {
   const pid_t child = fork();
   RESA_CHECK_GE(child, 0) << "fork failed";
   if (child > 0) return child;
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  // As resad does.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   run(shared);
   _exit(1);

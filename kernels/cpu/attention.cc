@@ -26,6 +26,8 @@ namespace resa::kernels::cpu {
 
 // Fewer units than this many times the threads are cut into splits, ...
 constexpr size_t kUnitsPerThread = 4;
+// ... in this many runs of them for each thread ...
+constexpr size_t kRunsPerThread = 6;
 // ... if their partial results fit this many bytes.
 constexpr size_t kMaxPartialBytes = size_t{64} << 20;
 
@@ -167,24 +169,35 @@ void AttendWhole(Context& context, const AttendShape& shape, const AttendUnit* u
 }
 
 // partials: for each unit, each split: SoftmaxFloats(rows, d); offsets[u] is where unit u begins.
+// Tasks go through the splits of a sequence in the order of memory, where the KV heads of a page
+// lie side by side: what the hardware fetches too far is the next head's.
 template <class T>
 void AttendInSplits(Context& context, const AttendShape& shape, const AttendUnit* units,
-                    size_t num_units, const size_t* first_task, float* partials,
+                    size_t num_units, const size_t* first_split, float* partials,
                     const size_t* offsets) {
   const auto partial = [&](size_t u, size_t split) {
     const size_t rows = units[u].tokens * shape.group;
     return SoftmaxAt(partials + offsets[u] + split * SoftmaxFloats(rows, shape.d), rows, shape.d);
   };
-  context.pool.For(static_cast<int64_t>(first_task[num_units]), [&](int64_t task, int thread) {
-    const size_t u = static_cast<size_t>(
-        std::upper_bound(first_task, first_task + num_units, static_cast<size_t>(task)) -
-        first_task - 1);
-    const size_t split = static_cast<size_t>(task) - first_task[u];
+  const auto heads = static_cast<size_t>(shape.layout.num_kv_heads);
+  const size_t sequences = num_units / heads;
+  const size_t parts = first_split[sequences] * heads;
+  const size_t run =
+      std::max<size_t>(1, parts / (kRunsPerThread * static_cast<size_t>(context.pool.threads())));
+  context.pool.For(static_cast<int64_t>((parts + run - 1) / run), [&](int64_t task, int thread) {
     Scratch& scratch = context.of_thread[static_cast<size_t>(thread)];
     scratch.Reset(WorkBytes(shape.d));
     const Work work = TakeWork(scratch, shape.d);
-    LoadQueries(shape, units[u], work.q);
-    AttendSplit<T>(shape, units[u], split, work, partial(u, split));
+    const size_t begin = static_cast<size_t>(task) * run;
+    for (size_t i = begin; i < std::min(begin + run, parts); ++i) {
+      const auto s = static_cast<size_t>(
+          std::upper_bound(first_split, first_split + sequences, i / heads) - first_split - 1);
+      const size_t split = i / heads - first_split[s];
+      const size_t u = s * heads + i % heads;
+      if (split >= SplitsOf(units[u])) continue;
+      LoadQueries(shape, units[u], work.q);
+      AttendSplit<T>(shape, units[u], split, work, partial(u, split));
+    }
   });
   context.pool.For(static_cast<int64_t>(num_units), [&](int64_t task, int thread) {
     const auto u = static_cast<size_t>(task);
@@ -202,31 +215,36 @@ void AttendInSplits(Context& context, const AttendShape& shape, const AttendUnit
 
 template <class T>
 void AttendUnits(Context& context, const AttendShape& shape, const AttendUnit* units,
-                 size_t num_units, size_t* first_task, size_t* offsets) {
-  size_t tasks = 0, floats = 0;
+                 size_t num_units, size_t* first_split, size_t* offsets) {
+  const auto heads = static_cast<size_t>(shape.layout.num_kv_heads);
+  size_t splits = 0, most = 0, floats = 0;
   for (size_t u = 0; u < num_units; ++u) {
-    first_task[u] = tasks;
+    if (u % heads == 0) {
+      splits += most;
+      first_split[u / heads] = splits;
+      most = 0;
+    }
+    most = std::max(most, SplitsOf(units[u]));
     offsets[u] = floats;
-    tasks += SplitsOf(units[u]);
     floats += SplitsOf(units[u]) * SoftmaxFloats(units[u].tokens * shape.group, shape.d);
   }
-  first_task[num_units] = tasks;
+  first_split[num_units / heads] = splits + most;
   const auto threads = static_cast<size_t>(context.pool.threads());
-  if (threads == 1 || tasks == num_units || num_units >= kUnitsPerThread * threads ||
-      floats * sizeof(float) > kMaxPartialBytes) {
+  if (threads == 1 || (splits + most) * heads == num_units ||
+      num_units >= kUnitsPerThread * threads || floats * sizeof(float) > kMaxPartialBytes) {
     return AttendWhole<T>(context, shape, units, num_units);
   }
   context.partials.Reset(Scratch::BytesFor<float>(floats));
-  AttendInSplits<T>(context, shape, units, num_units, first_task,
+  AttendInSplits<T>(context, shape, units, num_units, first_split,
                     context.partials.Take<float>(floats), offsets);
 }
 
 void AttendUnitsImpl(Context& context, const AttendShape& shape, const AttendUnit* units,
-                     size_t num_units, size_t* first_task, size_t* offsets) {
+                     size_t num_units, size_t* first_split, size_t* offsets) {
   if (shape.layout.kv_dtype == DType::kBF16) {
-    AttendUnits<bf16>(context, shape, units, num_units, first_task, offsets);
+    AttendUnits<bf16>(context, shape, units, num_units, first_split, offsets);
   } else {
-    AttendUnits<float>(context, shape, units, num_units, first_task, offsets);
+    AttendUnits<float>(context, shape, units, num_units, first_split, offsets);
   }
 }
 
@@ -260,11 +278,11 @@ struct Plan {
   Plan(Scratch& scratch, size_t units) {
     scratch.Reset(Scratch::BytesFor<AttendUnit>(units) + 2 * Scratch::BytesFor<size_t>(units + 1));
     unit = scratch.Take<AttendUnit>(units);
-    first_task = scratch.Take<size_t>(units + 1);
+    first_split = scratch.Take<size_t>(units + 1);
     offsets = scratch.Take<size_t>(units + 1);
   }
   AttendUnit* unit;
-  size_t* first_task;
+  size_t* first_split;  // For each row of the step, whose units are its KV heads.
   size_t* offsets;
 };
 
@@ -298,7 +316,7 @@ void ChunkAttend(Context& context, const ChunkAttendParams& p) {
     }
   }
   HWY_DYNAMIC_DISPATCH(AttendUnitsImpl)
-  (context, shape, plan.unit, num_units, plan.first_task, plan.offsets);
+  (context, shape, plan.unit, num_units, plan.first_split, plan.offsets);
 }
 
 void SparseAttend(Context& context, const SparseAttendParams& p) {
@@ -326,7 +344,7 @@ void SparseAttend(Context& context, const SparseAttendParams& p) {
     }
   }
   HWY_DYNAMIC_DISPATCH(AttendUnitsImpl)
-  (context, shape, plan.unit, num_units, plan.first_task, plan.offsets);
+  (context, shape, plan.unit, num_units, plan.first_split, plan.offsets);
 }
 
 }  // namespace resa::kernels::cpu

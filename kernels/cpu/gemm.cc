@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "kernels/cpu/targets.h"
 
@@ -120,29 +119,6 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, size_t x_stride, const Weights
   }
 }
 
-// Calls body(std::integral_constant<size_t, rows>) for 1 <= rows <= kStoredRows.
-template <class Body>
-HWY_INLINE void WithRows(size_t rows, const Body& body) {
-  switch (rows) {
-    case 1:
-      return body(std::integral_constant<size_t, 1>());
-    case 2:
-      return body(std::integral_constant<size_t, 2>());
-    case 3:
-      return body(std::integral_constant<size_t, 3>());
-    case 4:
-      return body(std::integral_constant<size_t, 4>());
-    case 5:
-      return body(std::integral_constant<size_t, 5>());
-    case 6:
-      return body(std::integral_constant<size_t, 6>());
-    case 7:
-      return body(std::integral_constant<size_t, 7>());
-    default:
-      return body(std::integral_constant<size_t, kStoredRows>());
-  }
-}
-
 // Rearranges a row: each group of 2 kLanes becomes its even and then its odd elements, the last one
 // padded with zeros.
 void PackRow(const float* x, size_t n, float* to) {
@@ -219,7 +195,7 @@ void PanelDirect(const Problem& p, size_t begin, size_t count, float* sums) {
         }
       }
       const size_t k = PadStep(k1 - k0);
-      WithRows(step, [&](auto rows) HWY_ATTR {
+      WithConstant<kStoredRows>(step, [&](auto rows) HWY_ATTR {
         constexpr size_t kRows = decltype(rows)::value, kCols = ColsOfTile(kRows);
         const float* x = p.x + k0;
         float* to = sums + c0;
@@ -259,10 +235,11 @@ void PanelWidened(const Problem& p, size_t begin, size_t count, size_t row, size
           for (size_t c = 0; c < kCols; ++c) {
             weights.column[c] = panel + std::min(c0 + c, columns - 1) * (p.chunk + kSkew);
           }
-          WithRows(std::min(kWidenedRows, rows - r), [&](auto tile_rows) HWY_ATTR {
-            Tile<decltype(tile_rows)::value, kCols>(x, p.k_padded, weights, k, k0 == 0,
-                                                    sums + r * kSumsStride + b0 + c0);
-          });
+          WithConstant<kWidenedRows>(
+              std::min(kWidenedRows, rows - r), [&](auto tile_rows) HWY_ATTR {
+                Tile<decltype(tile_rows)::value, kCols>(x, p.k_padded, weights, k, k0 == 0,
+                                                        sums + r * kSumsStride + b0 + c0);
+              });
         }
       }
     }

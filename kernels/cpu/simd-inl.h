@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/bf16.h"
@@ -92,53 +93,69 @@ HWY_INLINE VF Pin(VF value) {
   return value;
 }
 
-// In each 128-bit block of the result, the sums of that block of the four vectors, as four lanes.
-HWY_INLINE VF SumBlocksOf4(VF a, VF b, VF c, VF e) {
+// In each 128-bit block of the result, `op` over that block of each of four vectors, as four lanes.
+template <class Op>
+HWY_INLINE VF FoldBlocks4(VF a, VF b, VF c, VF e, const Op& op) {
   const DF d;
   const hn::RepartitionToWide<DF> d2;
-  const VF ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
-  const VF ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
-  const auto ab2 = hn::BitCast(d2, ab);
-  const auto ce2 = hn::BitCast(d2, ce);
-  return hn::Add(hn::BitCast(d, hn::InterleaveLower(d2, ab2, ce2)),
-                 hn::BitCast(d, hn::InterleaveUpper(d2, ab2, ce2)));
+  const auto ab = hn::BitCast(d2, op(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
+  const auto ce = hn::BitCast(d2, op(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e)));
+  return op(hn::BitCast(d, hn::InterleaveLower(d2, ab, ce)),
+            hn::BitCast(d, hn::InterleaveUpper(d2, ab, ce)));
 }
-
-// The sums of four vectors' lanes, as four lanes. The order of additions is fixed by kLanes.
-HWY_INLINE hn::Vec<D4> Sum4(VF a, VF b, VF c, VF e) {
-  const VF sums = SumBlocksOf4(a, b, c, e);
+// `op` over all lanes of each of four vectors, as four lanes. The order is fixed by kLanes.
+template <class Op>
+HWY_INLINE hn::Vec<D4> Fold4(VF a, VF b, VF c, VF e, const Op& op) {
+  const VF blocks = FoldBlocks4(a, b, c, e, op);
 #if HWY_MAX_BYTES == 64
   const hn::Half<DF> dh;
-  const auto half = hn::Add(hn::LowerHalf(dh, sums), hn::UpperHalf(dh, sums));
-  return hn::Add(hn::LowerHalf(D4(), half), hn::UpperHalf(D4(), half));
+  const auto half = op(hn::LowerHalf(dh, blocks), hn::UpperHalf(dh, blocks));
+  return op(hn::LowerHalf(D4(), half), hn::UpperHalf(D4(), half));
 #elif HWY_MAX_BYTES == 32
-  return hn::Add(hn::LowerHalf(D4(), sums), hn::UpperHalf(D4(), sums));
+  return op(hn::LowerHalf(D4(), blocks), hn::UpperHalf(D4(), blocks));
 #else
-  return sums;
+  return blocks;
 #endif
 }
-// The maxima of four vectors' lanes, as four lanes.
-HWY_INLINE hn::Vec<D4> Max4(VF a, VF b, VF c, VF e) {
-  const DF d;
-  const hn::RepartitionToWide<DF> d2;
-  const VF ab = hn::Max(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
-  const VF ce = hn::Max(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
-  const auto ab2 = hn::BitCast(d2, ab);
-  const auto ce2 = hn::BitCast(d2, ce);
-  const VF tops = hn::Max(hn::BitCast(d, hn::InterleaveLower(d2, ab2, ce2)),
-                          hn::BitCast(d, hn::InterleaveUpper(d2, ab2, ce2)));
-#if HWY_MAX_BYTES == 64
-  const hn::Half<DF> dh;
-  const auto half = hn::Max(hn::LowerHalf(dh, tops), hn::UpperHalf(dh, tops));
-  return hn::Max(hn::LowerHalf(D4(), half), hn::UpperHalf(D4(), half));
-#elif HWY_MAX_BYTES == 32
-  return hn::Max(hn::LowerHalf(D4(), tops), hn::UpperHalf(D4(), tops));
-#else
-  return tops;
-#endif
-}
+struct AddOp {
+  template <class V>
+  HWY_INLINE V operator()(V a, V b) const {
+    return hn::Add(a, b);
+  }
+};
+struct MaxOp {
+  template <class V>
+  HWY_INLINE V operator()(V a, V b) const {
+    return hn::Max(a, b);
+  }
+};
+HWY_INLINE VF SumBlocksOf4(VF a, VF b, VF c, VF e) { return FoldBlocks4(a, b, c, e, AddOp()); }
+HWY_INLINE hn::Vec<D4> Sum4(VF a, VF b, VF c, VF e) { return Fold4(a, b, c, e, AddOp()); }
+HWY_INLINE hn::Vec<D4> Max4(VF a, VF b, VF c, VF e) { return Fold4(a, b, c, e, MaxOp()); }
 HWY_INLINE float Sum1(VF a) { return hn::GetLane(hn::SumOfLanes(DF(), a)); }
 HWY_INLINE float Max1(VF a) { return hn::GetLane(hn::MaxOfLanes(DF(), a)); }
+
+// Calls body(std::integral_constant<size_t, n>()), 1 <= n <= kMost: what is n long can then sit in
+// registers.
+template <size_t kMost, class Body>
+HWY_INLINE void WithConstant(size_t n, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return WithConstant<kMost - 1>(n, body);
+  }
+  body(std::integral_constant<size_t, kMost>());
+}
+
+// Cuts [0, n) into as few parts of at most kMost as will do, of nearly equal size: 9 of at most 6
+// are 5 + 4, not 6 + 3. Calls body(begin, std::integral_constant<size_t, size>()) for each.
+template <size_t kMost, class Body>
+HWY_INLINE void ForParts(size_t n, const Body& body) {
+  size_t begin = 0;
+  for (size_t parts = (n + kMost - 1) / kMost; parts > 0; --parts) {
+    const size_t size = (n - begin + parts - 1) / parts;
+    WithConstant<kMost>(size, [&](auto constant) HWY_ATTR { body(begin, constant); });
+    begin += size;
+  }
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace resa::kernels::cpu

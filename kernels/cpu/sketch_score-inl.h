@@ -279,8 +279,7 @@ HWY_INLINE void ReadScales(const PagePair& pair, size_t scales_at, TokenFactors*
   }
 }
 
-// ---- estimates
-// ------------------------------------------------------------------------------------
+// ---- estimates --------------------------------------------------------------------------------
 
 // The estimates of a chunk: what a head's `octaves` turn into e / ln 2 in units of 2^-23.
 constexpr size_t kChunkTokens = 512;
@@ -326,36 +325,9 @@ void EstimateHeads(const uint32_t* codes, size_t quads, const SketchQuery& query
 inline void EstimatePair(const uint32_t* codes, size_t d, size_t group, const SketchQuery& query,
                          const TokenFactors& tokens, size_t at, ChunkEstimates* out) {
   const size_t quads = d / 4;
-  for (size_t g = 0, heads; g < group; g += heads) {
-    const size_t tiles = (group - g + kTileHeads - 1) / kTileHeads;
-    heads = (group - g + tiles - 1) / tiles;
-    switch (heads) {
-      case 1:
-        EstimateHeads<1>(codes, quads, query, g, tokens, at, out);
-        break;
-      case 2:
-        EstimateHeads<2>(codes, quads, query, g, tokens, at, out);
-        break;
-      case 3:
-        EstimateHeads<3>(codes, quads, query, g, tokens, at, out);
-        break;
-      case 4:
-        EstimateHeads<4>(codes, quads, query, g, tokens, at, out);
-        break;
-      case 5:
-        EstimateHeads<5>(codes, quads, query, g, tokens, at, out);
-        break;
-      case 6:
-        EstimateHeads<6>(codes, quads, query, g, tokens, at, out);
-        break;
-      case 7:
-        EstimateHeads<7>(codes, quads, query, g, tokens, at, out);
-        break;
-      default:
-        EstimateHeads<8>(codes, quads, query, g, tokens, at, out);
-        break;
-    }
-  }
+  ForParts<kTileHeads>(group, [&](size_t g, auto heads) HWY_ATTR {
+    EstimateHeads<decltype(heads)::value>(codes, quads, query, g, tokens, at, out);
+  });
 }
 
 }  // namespace HWY_NAMESPACE

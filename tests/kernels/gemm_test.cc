@@ -1,7 +1,7 @@
 // Linear: against float64, and bit by bit across batches and threads.
 
 #include "tests/kernels/compare.h"
-#include "tests/kernels/ops_fixture.h"
+#include "tests/kernels/linear_fixture.h"
 
 namespace resa::testing {
 namespace {
@@ -12,18 +12,7 @@ using kernels::bf16;
 // 2^-24 of a partial sum that is no larger than the final one on average: sqrt(256) 2^-24 = 1e-6.
 constexpr double kTolerance = 2e-6;
 
-class GemmTest : public OpsTest {
- protected:
-  std::vector<float> Linear(kernels::Ops& ops, std::vector<float> x, std::vector<bf16>& weight,
-                            const std::vector<float>& bias, int64_t rows, const LinearCase& shape) {
-    std::vector<float> out = Poison(static_cast<size_t>(rows * shape.out));
-    ops.Linear({.x = AsMatrix(x, rows, shape.in),
-                .weight = AsMatrix(weight, shape.out, shape.in),
-                .bias = bias.empty() ? nullptr : bias.data(),
-                .out = AsMatrix(out, rows, shape.out)});
-    return out;
-  }
-};
+class GemmTest : public LinearTest {};
 
 TEST_P(GemmTest, MatchesFloat64) {
   auto ops = MakeOps(2);
@@ -59,28 +48,8 @@ TEST_P(GemmTest, IntegersAreExact) {
 
 TEST_P(GemmTest, BatchAndThreadsDoNotChangeABit) {
   for (const LinearCase& shape : kLinearCases) {
-    std::vector<bf16> weight = NormalBf16(static_cast<size_t>(shape.out * shape.in), 0.1f);
-    constexpr int64_t kRows = 40;
-    const std::vector<float> x = Normal(static_cast<size_t>(kRows * shape.in));
-    const std::vector<float> bias = Normal(static_cast<size_t>(shape.out));
-    auto one = MakeOps(1);
-    const std::vector<float> all = Linear(*one, x, weight, bias, kRows, shape);
-    for (int threads : {1, 2, 5}) {
-      auto ops = MakeOps(threads);
-      for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 33, 40}) {
-        const int64_t first = Uniform(0, static_cast<int>(kRows - rows));
-        const std::vector<float> some(x.begin() + first * shape.in,
-                                      x.begin() + (first + rows) * shape.in);
-        const std::vector<float> out = Linear(*ops, some, weight, bias, rows, shape);
-        ASSERT_EQ(CompareBits(out,
-                              std::span(all).subspan(static_cast<size_t>(first * shape.out),
-                                                     static_cast<size_t>(rows * shape.out)),
-                              static_cast<size_t>(shape.out)),
-                  "")
-            << rows << " rows from " << first << ", [" << shape.out << ", " << shape.in << "], "
-            << threads << " threads";
-      }
-    }
+    ExpectBatchAndThreadsDoNotChangeABit([this](int threads) { return MakeOps(threads); }, shape,
+                                         40, {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 33, 40});
   }
 }
 
@@ -118,21 +87,7 @@ TEST_P(GemmTest, WeightsNeedNoAlignmentAndNothingPastThemIsRead) {
   }
 }
 
-TEST_P(GemmTest, ARowOfNaNsStaysAlone) {
-  auto ops = MakeOps(2);
-  std::vector<bf16> weight = NormalBf16(64 * 96);
-  std::vector<float> x = Normal(20 * 96);
-  const std::vector<float> want = Linear(*ops, x, weight, {}, 20, {64, 96});
-  std::fill_n(x.begin() + 7 * 96, 96, std::numeric_limits<float>::quiet_NaN());
-  const std::vector<float> out = Linear(*ops, x, weight, {}, 20, {64, 96});
-  for (size_t i = 0; i < out.size(); ++i) {
-    if (i / 64 == 7) {
-      ASSERT_TRUE(std::isnan(out[i])) << i;
-    } else {
-      ASSERT_EQ(out[i], want[i]) << i;
-    }
-  }
-}
+TEST_P(GemmTest, ARowOfNaNsStaysAlone) { ExpectARowOfNansStaysAlone(*MakeOps(2)); }
 
 RESA_INSTANTIATE_OPS_TEST(GemmTest);
 

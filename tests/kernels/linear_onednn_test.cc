@@ -10,12 +10,11 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
-#include <limits>
 
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "tests/kernels/compare.h"
-#include "tests/kernels/ops_fixture.h"
+#include "tests/kernels/linear_fixture.h"
 
 namespace resa::testing {
 namespace {
@@ -40,7 +39,7 @@ int ThreadsOfProcess() {
   return static_cast<int>(std::distance(begin(tasks), end(tasks)));
 }
 
-class LinearOneDnnTest : public OpsTest {
+class LinearOneDnnTest : public LinearTest {
  protected:
   void SetUp() override {
     const std::string description = MakeForced(1)->Description();
@@ -54,15 +53,6 @@ class LinearOneDnnTest : public OpsTest {
 
   std::unique_ptr<kernels::Ops> MakeForced(int threads) const {
     return kernels::CreateCpuOps({.threads = threads, .bf16_linear = Bf16Linear::kForce});
-  }
-  std::vector<float> Linear(kernels::Ops& ops, std::vector<float> x, std::vector<bf16>& weight,
-                            const std::vector<float>& bias, int64_t rows, const LinearCase& shape) {
-    std::vector<float> out = Poison(static_cast<size_t>(rows * shape.out));
-    ops.Linear({.x = AsMatrix(x, rows, shape.in),
-                .weight = AsMatrix(weight, shape.out, shape.in),
-                .bias = bias.empty() ? nullptr : bias.data(),
-                .out = AsMatrix(out, rows, shape.out)});
-    return out;
   }
 };
 
@@ -146,27 +136,8 @@ TEST_P(LinearOneDnnTest, IntegersAreExact) {
 TEST_P(LinearOneDnnTest, BatchPositionAndThreadsDoNotChangeABit) {
   for (const LinearCase& shape :
        {LinearCase{130, 576}, LinearCase{37, 100}, LinearCase{65, 1501}}) {
-    std::vector<bf16> weight = NormalBf16(static_cast<size_t>(shape.out * shape.in), 0.1f);
-    constexpr int64_t kRows = 300;
-    const std::vector<float> x = Normal(static_cast<size_t>(kRows * shape.in));
-    const std::vector<float> bias = Normal(static_cast<size_t>(shape.out));
-    const std::vector<float> all = Linear(*MakeForced(1), x, weight, bias, kRows, shape);
-    for (int threads : {1, 2, 5}) {
-      auto ops = MakeForced(threads);
-      for (int64_t rows : kRowCounts) {
-        const int64_t first = Uniform(0, static_cast<int>(kRows - rows));
-        const std::vector<float> some(x.begin() + first * shape.in,
-                                      x.begin() + (first + rows) * shape.in);
-        const std::vector<float> out = Linear(*ops, some, weight, bias, rows, shape);
-        ASSERT_EQ(CompareBits(out,
-                              std::span(all).subspan(static_cast<size_t>(first * shape.out),
-                                                     static_cast<size_t>(rows * shape.out)),
-                              static_cast<size_t>(shape.out)),
-                  "")
-            << rows << " rows from " << first << ", [" << shape.out << ", " << shape.in << "], "
-            << threads << " threads";
-      }
-    }
+    ExpectBatchAndThreadsDoNotChangeABit([this](int threads) { return MakeForced(threads); }, shape,
+                                         300, kRowCounts);
   }
 }
 
@@ -205,21 +176,7 @@ TEST_P(LinearOneDnnTest, WeightsNeedNoAlignment) {
   }
 }
 
-TEST_P(LinearOneDnnTest, ARowOfNaNsStaysAlone) {
-  auto ops = MakeForced(2);
-  std::vector<bf16> weight = NormalBf16(64 * 96);
-  std::vector<float> x = Normal(20 * 96);
-  const std::vector<float> want = Linear(*ops, x, weight, {}, 20, {64, 96});
-  std::fill_n(x.begin() + 7 * 96, 96, std::numeric_limits<float>::quiet_NaN());
-  const std::vector<float> out = Linear(*ops, x, weight, {}, 20, {64, 96});
-  for (size_t i = 0; i < out.size(); ++i) {
-    if (i / 64 == 7) {
-      ASSERT_TRUE(std::isnan(out[i])) << i;
-    } else {
-      ASSERT_EQ(out[i], want[i]) << i;
-    }
-  }
-}
+TEST_P(LinearOneDnnTest, ARowOfNaNsStaysAlone) { ExpectARowOfNansStaysAlone(*MakeForced(2)); }
 
 // Many wide panels, so that every thread of the pool takes some.
 TEST_P(LinearOneDnnTest, StartsNoThreadsAndKeepsNoMemory) {

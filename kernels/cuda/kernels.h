@@ -1,0 +1,90 @@
+#ifndef RESA_KERNELS_CUDA_KERNELS_H_
+#define RESA_KERNELS_CUDA_KERNELS_H_
+
+// The launchers of the CUDA backend, one family per file, and the lists that are worked out on the
+// host once per step and read by every layer.
+//
+// Every pointer of the params is device memory here: cuda_ops.cc has copied the step's lists.
+// A launcher may look at counts, shapes, strides and the layout, which are the same whenever a
+// recorded graph is replayed. It may not look at what lists hold, nor depend on it: grids are sized
+// by counts, by the number of multiprocessors, or not at all. ChunkAttend's plan alone is the
+// host's, since steps with chunks are not recorded.
+//
+// A launcher enqueues on context.stream and returns. It allocates only through Context (outside
+// recordings), never waits, and leaves cudaGetLastError() checked. Activations are bf16, K and V
+// bf16, sums f32.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/ceilings.h"
+#include "kernels/cuda/context.h"
+#include "kernels/params.h"
+
+namespace resa::kernels::cuda {
+
+// ---- lists made on the host -------------------------------------------------------------------
+
+// A row of the flat batch: where its token stands.
+struct RowPlace {
+  int32_t position = 0;
+  int32_t table = 0;
+};
+
+// A page that a run writes into, and which part of it: QkvPost's unit of work beside the KV head.
+// A batch of single rows has exactly one per row.
+struct PageWrite {
+  int32_t page = 0;        // In the pool.
+  int32_t row_begin = 0;   // First row of the batch that is written here.
+  int32_t slot_begin = 0;  // Its slot in the page, 0 .. 15.
+  int32_t slots = 0;       // Rows written; slots [0, slot_begin + slots) are then valid.
+};
+
+// The work of one attention op over single rows: item_begin[i] is the number of (split, KV head)
+// items of the rows before row i, so row i has item_begin[i + 1] - item_begin[i] of them:
+//   ceil(tokens attended / split_tokens) * num_kv_heads.
+// Splits are cut at fixed ranks of the id list (of the context, when all is attended), so that a
+// row's sums do not depend on the other rows.
+struct DecodePlan {
+  const int32_t* item_begin = nullptr;  // device [num_rows + 1]
+  int split_tokens = 0;
+  int64_t items_capacity = 0;  // At least item_begin[num_rows], of any step that replays this one.
+};
+
+// ---- launchers --------------------------------------------------------------------------------
+
+void Embed(Context& context, const EmbedParams& params);
+void RmsNorm(Context& context, const RmsNormParams& params);
+void SiluMul(Context& context, const SiluMulParams& params);
+void RopeTable(Context& context, const RopeTableParams& params);
+void GatherRows(Context& context, const GatherRowsParams& params);
+void CopyPages(Context& context, const CopyPagesParams& params);
+
+// params.runs is null; `places` [T] and `writes` [num_writes] say the same.
+void QkvPost(Context& context, const QkvPostParams& params, const RowPlace* places,
+             const PageWrite* writes, int64_t num_writes);
+
+// `count` (1 to 3) products of the same x.
+void Linear(Context& context, const LinearParams* params, int count);
+
+void SelectMinMax(Context& context, const SelectParams& params);
+void SelectSketch(Context& context, const SelectParams& params);
+
+// params.ids null: every row attends to all its tokens, 0 .. position (keep_blocks and ids_begin
+// are then not read).
+void DecodeAttend(Context& context, const SparseAttendParams& params, const DecodePlan& plan);
+
+// params.chunks is device memory; `host_chunks` the same list on the host, to plan from. Chunks of
+// any number of rows from 1.
+void ChunkAttend(Context& context, const ChunkAttendParams& params, const DenseChunk* host_chunks);
+
+// One row to sample on the device: SampleRow with device pointers. `out` is device memory.
+void Sample(Context& context, const SampleParams& params, SampleResult* out);
+
+Ceilings MeasureCeilings(Context& context);
+
+}  // namespace resa::kernels::cuda
+
+#endif  // RESA_KERNELS_CUDA_KERNELS_H_

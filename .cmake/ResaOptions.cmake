@@ -20,6 +20,7 @@ find_program(RESA_CCACHE ccache)
 if(RESA_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_C_COMPILER_LAUNCHER ${RESA_CCACHE})
   set(CMAKE_CXX_COMPILER_LAUNCHER ${RESA_CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${RESA_CCACHE})
 endif()
 
 if(RESA_SANITIZE)
@@ -43,6 +44,20 @@ function(resa_library name)
   target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
   target_compile_options(${name} PRIVATE ${RESA_WARNINGS})
   target_link_libraries(${name} PUBLIC ${ARG_DEPS})
+endfunction()
+
+# resa_cuda_library(name SOURCES a.cc b.cu ... DEPS lib ...): the same with kernels for a GPU.
+function(resa_cuda_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
+  target_compile_options(${name} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:${RESA_WARNINGS}>
+    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Werror=all-warnings
+      -Xcompiler=-Wall,-Wextra>)
+  target_link_libraries(${name} PUBLIC ${ARG_DEPS} CUDA::cudart_static)
+  # Definitions for those who choose a backend at run time.
+  target_compile_definitions(${name} INTERFACE RESA_HAVE_CUDA=1)
 endfunction()
 
 # resa_binary(name SOURCES main.cc ... DEPS lib ...)

@@ -24,13 +24,16 @@ absl::Status ModelExecutor::Execute(const StepInput& input, StepOutput* output) 
   kv_->Copy(input.copies);
   if (input.segments.empty()) return absl::OkStatus();
   batch_.Build(input.segments);
-  transformer_->Forward(batch_, *kv_);
-  if (batch_.samples().empty()) return absl::OkStatus();
   output->samples.resize(batch_.samples().size());
-  ops_->Sample({.logits = transformer_->Logits(batch_.sampled_rows()),
-                .rows = batch_.samples().data(),
-                .num_rows = static_cast<int64_t>(batch_.samples().size()),
-                .out = output->samples.data()});
+  const kernels::StepLists lists = batch_.Lists(output->samples.data());
+  ops_->RunStep(lists, [this, &lists] {
+    transformer_->Forward(batch_, *kv_);
+    if (lists.num_samples == 0) return;
+    ops_->Sample({.logits = transformer_->Logits(batch_.sampled_rows()),
+                  .rows = lists.samples,
+                  .num_rows = lists.num_samples,
+                  .out = lists.results});
+  });
   return absl::OkStatus();
 }
 

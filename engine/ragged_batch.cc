@@ -47,6 +47,27 @@ void RaggedBatch::Build(absl::Span<const SegmentInput> segments) {
   }
 }
 
+kernels::StepLists RaggedBatch::Lists(kernels::SampleResult* results) const {
+  kernels::StepLists lists;
+  lists.rows = rows();
+  lists.ids = tokens_.data();
+  lists.positions = positions_.data();
+  lists.runs = runs_.data();
+  lists.num_runs = static_cast<int64_t>(runs_.size());
+  lists.sparse_rows = sparse_rows_.data();
+  lists.num_sparse_rows = static_cast<int64_t>(sparse_rows_.size());
+  lists.chunks = dense_chunks_.data();
+  lists.num_chunks = static_cast<int64_t>(dense_chunks_.size());
+  lists.tables = tables();
+  lists.num_tables = lists.num_runs;
+  lists.layout = layout_;
+  lists.sampled_rows = sampled_rows_.data();
+  lists.samples = samples_.data();
+  lists.num_samples = static_cast<int64_t>(samples_.size());
+  lists.results = results;
+  return lists;
+}
+
 void RaggedBatch::CheckSegment(const SegmentInput& segment) const {
   RESA_CHECK(!segment.tokens.empty());
   RESA_CHECK_GE(segment.position, 0);

@@ -56,6 +56,9 @@ class RaggedBatch {
   absl::Span<const int32_t> sampled_rows() const { return sampled_rows_; }
   absl::Span<const kernels::SampleRow> samples() const { return samples_; }
 
+  // All of the above as the ops' step takes it. `results`: [samples().size()], out.
+  kernels::StepLists Lists(kernels::SampleResult* results) const;
+
  private:
   void CheckSegment(const SegmentInput& segment) const;
   void AppendSegment(const SegmentInput& segment, int32_t table);

@@ -52,9 +52,11 @@ void Transformer::RunLayer(int index, const RaggedBatch& batch, const KvMemory& 
   const float eps = config_.rms_norm_eps;
 
   ops_->RmsNorm({.x = a.hidden, .weight = w.attn_norm, .eps = eps, .out = a.normed});
-  ops_->Linear({.x = a.normed, .weight = w.q_proj, .bias = w.q_bias, .out = a.q});
-  ops_->Linear({.x = a.normed, .weight = w.k_proj, .bias = w.k_bias, .out = a.k});
-  ops_->Linear({.x = a.normed, .weight = w.v_proj, .bias = w.v_bias, .out = a.v});
+  const kernels::LinearParams qkv[] = {
+      {.x = a.normed, .weight = w.q_proj, .bias = w.q_bias, .out = a.q},
+      {.x = a.normed, .weight = w.k_proj, .bias = w.k_bias, .out = a.k},
+      {.x = a.normed, .weight = w.v_proj, .bias = w.v_bias, .out = a.v}};
+  ops_->Linears(qkv);
   ops_->QkvPost({.q = a.q,
                  .k = a.k,
                  .v = a.v,
@@ -73,8 +75,10 @@ void Transformer::RunLayer(int index, const RaggedBatch& batch, const KvMemory& 
       {.x = a.attended, .weight = w.o_proj, .bias = w.o_bias, .accumulate = true, .out = a.hidden});
 
   ops_->RmsNorm({.x = a.hidden, .weight = w.mlp_norm, .eps = eps, .out = a.normed});
-  ops_->Linear({.x = a.normed, .weight = w.gate_proj, .bias = w.gate_bias, .out = a.gate});
-  ops_->Linear({.x = a.normed, .weight = w.up_proj, .bias = w.up_bias, .out = a.up});
+  const kernels::LinearParams gate_up[] = {
+      {.x = a.normed, .weight = w.gate_proj, .bias = w.gate_bias, .out = a.gate},
+      {.x = a.normed, .weight = w.up_proj, .bias = w.up_bias, .out = a.up}};
+  ops_->Linears(gate_up);
   ops_->SiluMul({.gate = a.gate, .up = a.up, .out = a.gate});
   ops_->Linear({.x = a.gate,
                 .weight = w.down_proj,

@@ -104,7 +104,7 @@ void Ops::RmsNorm(const RmsNormParams& p) {
   if (p.x.rows > 0) DoRmsNorm(p);
 }
 
-void Ops::Linear(const LinearParams& p) {
+bool Ops::CheckLinear(const LinearParams& p) {
   CheckMatrix("Linear", "x", p.x, p.x.rows, p.weight.cols);
   CheckMatrix("Linear", "weight", p.weight, p.weight.rows, p.weight.cols);
   CheckMatrix("Linear", "out", p.out, p.x.rows, p.weight.rows);
@@ -113,12 +113,27 @@ void Ops::Linear(const LinearParams& p) {
   RESA_CHECK(p.out.dtype == activation_dtype() || p.out.dtype == DType::kF32)
       << "Linear: out is " << NameOf(p.out.dtype);
   RESA_CHECK(p.weight.rows > 0 && p.weight.cols > 0) << "Linear: empty weight";
-  if (p.x.rows == 0) return;
+  if (p.x.rows == 0) return false;
   RESA_CHECK(p.x.data != p.out.data) << "Linear: out may not be x";
   counters_.linear_rows += p.x.rows;
   counters_.linear_flops += 2 * p.x.rows * p.weight.rows * p.weight.cols;
   counters_.weight_bytes += static_cast<int64_t>(p.weight.bytes());
-  DoLinear(p);
+  return true;
+}
+
+void Ops::Linear(const LinearParams& p) {
+  if (CheckLinear(p)) DoLinear(p);
+}
+
+void Ops::Linears(std::span<const LinearParams> params) {
+  RESA_CHECK(!params.empty() && params.size() <= 3) << "Linears: " << params.size() << " products";
+  bool any = false;
+  for (const LinearParams& p : params) {
+    RESA_CHECK(p.x.data == params[0].x.data && p.x.rows == params[0].x.rows)
+        << "Linears: products of different x";
+    any = CheckLinear(p);
+  }
+  if (any) DoLinears(params);
 }
 
 void Ops::RopeTable(const RopeTableParams& p) {
@@ -280,6 +295,16 @@ void Ops::Sample(const SampleParams& p) {
     }
   }
   DoSample(p);
+}
+
+void Ops::RunStep(const StepLists& lists, absl::FunctionRef<void()> issue) {
+  RESA_CHECK_GT(lists.rows, 0) << "RunStep: no rows";
+  RESA_CHECK(lists.ids != nullptr && lists.positions != nullptr) << "RunStep: a pointer is null";
+  CheckLayout("RunStep", lists.layout);
+  RESA_CHECK(lists.num_samples == 0 || (lists.sampled_rows != nullptr && lists.samples != nullptr &&
+                                        lists.results != nullptr))
+      << "RunStep: samples without lists";
+  DoRunStep(lists, issue);
 }
 
 }  // namespace resa::kernels

@@ -13,8 +13,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "kernels/ceilings.h"
 #include "kernels/params.h"
 
@@ -35,6 +38,9 @@ struct OpCounters {
   // ones fill the budget).
   int64_t blocks_scored = 0;
   int64_t descriptor_bytes = 0;
+  // Steps that RunStep recorded, and those it replayed from a recording. 0 where nothing records.
+  int64_t steps_recorded = 0;
+  int64_t steps_replayed = 0;
 };
 
 // Memory of the backend, freed on destruction. 64-byte aligned, contents undefined.
@@ -63,6 +69,10 @@ class Ops {
   // CPU needs twice the size of its last-level cache in memory meanwhile, 128 to 512 MiB.
   virtual Ceilings MeasureCeilings() = 0;
 
+  // Bytes that Allocate and ImportWeights can still give from the device's own memory. Nothing
+  // where that is the host's, and weights stay where they are.
+  virtual std::optional<int64_t> DeviceMemoryFree() const { return std::nullopt; }
+
   // Null when the memory cannot be had.
   virtual std::unique_ptr<Buffer> Allocate(size_t bytes) = 0;
   // Makes weights in host memory usable by Linear and Embed. The CPU returns `host` itself, which
@@ -74,6 +84,8 @@ class Ops {
   void Embed(const EmbedParams& params);
   void RmsNorm(const RmsNormParams& params);
   void Linear(const LinearParams& params);
+  // Products of the same x, which a device runs as one where that is faster. REQUIRES 1 to 3.
+  void Linears(std::span<const LinearParams> params);
   void RopeTable(const RopeTableParams& params);
   void QkvPost(const QkvPostParams& params);
   void Select(const SelectParams& params);
@@ -84,6 +96,13 @@ class Ops {
   void CopyPages(const CopyPagesParams& params);
   void Sample(const SampleParams& params);
 
+  // Runs one step: `issue` calls its ops. What a step of the same counts ran before may be replayed
+  // from a recording of the device; `issue` is called all the same, for its checks and counters.
+  // So it must call the same ops on the same memory whenever the counts of `lists` are the same,
+  // and look at no result. When RunStep returns, `lists.results` are there, and without samples the
+  // step may still run. Page copies go before.
+  void RunStep(const StepLists& lists, absl::FunctionRef<void()> issue);
+
   const OpCounters& counters() const { return counters_; }
 
  protected:
@@ -93,6 +112,9 @@ class Ops {
   virtual void DoEmbed(const EmbedParams& params) = 0;
   virtual void DoRmsNorm(const RmsNormParams& params) = 0;
   virtual void DoLinear(const LinearParams& params) = 0;
+  virtual void DoLinears(std::span<const LinearParams> params) {
+    for (const LinearParams& p : params) DoLinear(p);
+  }
   virtual void DoRopeTable(const RopeTableParams& params) = 0;
   virtual void DoQkvPost(const QkvPostParams& params) = 0;
   virtual void DoSelect(const SelectParams& params) = 0;
@@ -102,6 +124,9 @@ class Ops {
   virtual void DoGatherRows(const GatherRowsParams& params) = 0;
   virtual void DoCopyPages(const CopyPagesParams& params) = 0;
   virtual void DoSample(const SampleParams& params) = 0;
+  virtual void DoRunStep(const StepLists&, absl::FunctionRef<void()> issue) { issue(); }
+
+  bool CheckLinear(const LinearParams& params);  // And counts; false when there is nothing to do.
 };
 
 }  // namespace resa::kernels

@@ -314,6 +314,32 @@ struct SampleParams {
   SampleResult* out = nullptr;  // [num_rows], host memory
 };
 
+// ---- a whole step -------------------------------------------------------------------------------
+
+// The host lists of one step's ops: what Embed, RopeTable, QkvPost, Select, SparseAttend,
+// ChunkAttend, GatherRows and Sample are given in the step are these very arrays, so that a device
+// backend copies each once and not once per layer.
+struct StepLists {
+  int64_t rows = 0;                    // T
+  const int32_t* ids = nullptr;        // [T]
+  const int32_t* positions = nullptr;  // [T]
+  const KvRun* runs = nullptr;
+  int64_t num_runs = 0;
+  const SparseRow* sparse_rows = nullptr;
+  int64_t num_sparse_rows = 0;
+  const DenseChunk* chunks = nullptr;
+  int64_t num_chunks = 0;
+  PageTables tables;
+  int64_t num_tables = 0;  // S
+  KvLayout layout;
+  const int32_t* sampled_rows = nullptr;  // [R]
+  const SampleRow* samples = nullptr;     // [R]
+  int64_t num_samples = 0;                // R
+  SampleResult* results = nullptr;        // [R], out
+  // The ops may be replayed from a recording. Off: each runs when it is called.
+  bool may_replay = true;
+};
+
 }  // namespace resa::kernels
 
 #endif  // RESA_KERNELS_PARAMS_H_

@@ -74,6 +74,10 @@ class ZeroedScratch {
   int generation_ = 0;
 };
 
+class ChunkPlanner;
+
+struct CublasPlans;  // linear_cublas.cc
+
 // One of each for every family of kernels that needs it, so that none is in another's way.
 struct Context {
   DeviceInfo device;
@@ -82,6 +86,7 @@ struct Context {
 
   cublasLtHandle_t cublas = nullptr;
   Scratch cublas_workspace;
+  std::shared_ptr<CublasPlans> cublas_plans;
 
   Scratch linear;  // Partial sums of products.
   ZeroedScratch linear_counters;
@@ -89,6 +94,7 @@ struct Context {
   ZeroedScratch decode_counters;
   Scratch chunk_partials;
   ZeroedScratch chunk_counters;
+  std::shared_ptr<ChunkPlanner> chunk_planner;  // ChunkAttend's, made when first used.
   Scratch select;
   ZeroedScratch select_counters;
   Scratch sample;

@@ -42,6 +42,10 @@ const std::byte* TimedOps::ImportWeights(const std::byte* host, size_t bytes) {
 }
 
 double TimedOps::Timed(const auto& run) {
+  if (!times_stages_) {  // Nothing may be waited for within a step that is being recorded.
+    run();
+    return 0;
+  }
   const auto start = std::chrono::steady_clock::now();
   run();
   if (fence_ != nullptr) {
@@ -76,6 +80,13 @@ void TimedOps::DoLinear(const kernels::LinearParams& p) {
   const Stage stage = label == stage_of_weight_.end() ? Stage::kLinear : label->second;
   Book(stage, RooflineOf(p), [&] { inner_.Linear(p); });
 }
+void TimedOps::DoLinears(std::span<const kernels::LinearParams> params) {
+  const auto label = stage_of_weight_.find(params[0].weight.data);
+  const Stage stage = label == stage_of_weight_.end() ? Stage::kLinear : label->second;
+  Roofline roofline;
+  for (const kernels::LinearParams& p : params) roofline += RooflineOf(p);
+  Book(stage, roofline, [&] { inner_.Linears(params); });
+}
 void TimedOps::DoRopeTable(const kernels::RopeTableParams& p) {
   Book(Stage::kEmbed, RooflineOf(p), [&] { inner_.RopeTable(p); });
 }
@@ -106,6 +117,12 @@ void TimedOps::DoCopyPages(const kernels::CopyPagesParams& p) {
 }
 void TimedOps::DoSample(const kernels::SampleParams& p) {
   Book(Stage::kSample, RooflineOf(p), [&] { inner_.Sample(p); });
+}
+
+void TimedOps::DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) {
+  kernels::StepLists as_told = lists;
+  as_told.may_replay = lists.may_replay && !times_stages_;
+  inner_.RunStep(as_told, issue);
 }
 
 }  // namespace resa::bench

@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
@@ -58,6 +60,9 @@ class TimedOps : public kernels::Ops {
   void Label(const std::byte* host, Stage stage) { stage_of_host_[host] = stage; }
   // What has been booked since the last call.
   Stages Take();
+  // Whether ops are timed one by one, as they are at first. If not, whole steps run as they do in
+  // service, replayed from recordings where the backend makes them, and stages show no time.
+  void TimeStages(bool on) { times_stages_ = on; }
   const kernels::OpCounters& inner_counters() const { return inner_.counters(); }
 
   std::string Description() const override { return inner_.Description(); }
@@ -70,6 +75,7 @@ class TimedOps : public kernels::Ops {
     return inner_.Allocate(bytes);
   }
   const std::byte* ImportWeights(const std::byte* host, size_t bytes) override;
+  std::optional<int64_t> DeviceMemoryFree() const override { return inner_.DeviceMemoryFree(); }
   void Upload(std::byte* to, const void* from_host, size_t bytes) override {
     inner_.Upload(to, from_host, bytes);
   }
@@ -86,6 +92,7 @@ class TimedOps : public kernels::Ops {
   void DoEmbed(const kernels::EmbedParams& p) override;
   void DoRmsNorm(const kernels::RmsNormParams& p) override;
   void DoLinear(const kernels::LinearParams& p) override;
+  void DoLinears(std::span<const kernels::LinearParams> params) override;
   void DoRopeTable(const kernels::RopeTableParams& p) override;
   void DoQkvPost(const kernels::QkvPostParams& p) override;
   void DoSelect(const kernels::SelectParams& p) override;
@@ -95,6 +102,7 @@ class TimedOps : public kernels::Ops {
   void DoGatherRows(const kernels::GatherRowsParams& p) override;
   void DoCopyPages(const kernels::CopyPagesParams& p) override;
   void DoSample(const kernels::SampleParams& p) override;
+  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) override;
 
   // Constant after construction.
   kernels::Ops& inner_;
@@ -104,6 +112,7 @@ class TimedOps : public kernels::Ops {
   absl::flat_hash_map<const std::byte*, Stage> stage_of_host_;
   absl::flat_hash_map<const void*, Stage> stage_of_weight_;  // By the backend's address.
   Stages stages_ = {};
+  bool times_stages_ = true;
 };
 
 }  // namespace resa::bench

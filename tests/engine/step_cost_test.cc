@@ -58,6 +58,9 @@ class SummingOps final : public resa::testing::ObservingOps {
     (p.weight.rows == 131 ? cost.head : cost.linear) += RooflineOf(p);
     real_.Linear(p);
   }
+  void DoLinears(std::span<const kernels::LinearParams> params) override {
+    for (const kernels::LinearParams& p : params) DoLinear(p);
+  }
   void DoSelect(const kernels::SelectParams& p) override {
     cost.select += RooflineOf(p);
     ++cost.sparse_layers;

@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/ops.h"
@@ -46,6 +47,7 @@ class ObservingOps : public kernels::Ops {
   void DoEmbed(const kernels::EmbedParams& p) override { inner_.Embed(p); }
   void DoRmsNorm(const kernels::RmsNormParams& p) override { inner_.RmsNorm(p); }
   void DoLinear(const kernels::LinearParams& p) override { inner_.Linear(p); }
+  void DoLinears(std::span<const kernels::LinearParams> params) override { inner_.Linears(params); }
   void DoRopeTable(const kernels::RopeTableParams& p) override { inner_.RopeTable(p); }
   void DoQkvPost(const kernels::QkvPostParams& p) override { inner_.QkvPost(p); }
   void DoSelect(const kernels::SelectParams& p) override {
@@ -60,6 +62,9 @@ class ObservingOps : public kernels::Ops {
   void DoSample(const kernels::SampleParams& p) override {
     if (before_sample) before_sample(p);
     inner_.Sample(p);
+  }
+  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) override {
+    inner_.RunStep(lists, issue);
   }
 
   kernels::Ops& inner_;

@@ -57,7 +57,7 @@ TEST_P(CeilingsTest, NoKernelIsFaster) {
   EXPECT_LT(2.0 * rows * size * size / best, 1.3 * ceilings.flops_per_s);
 }
 
-RESA_INSTANTIATE_OPS_TEST(CeilingsTest);
+RESA_INSTANTIATE_CPU_OPS_TEST(CeilingsTest);
 
 }  // namespace
 }  // namespace resa::testing

@@ -1,5 +1,6 @@
 #include "tests/kernels/compare.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -18,10 +19,14 @@ bool SameClass(double got, double want) {
   return std::isfinite(got);
 }
 
-}  // namespace
+// Of the 8 significant bits of a bf16, at the greater of the two magnitudes.
+double HalfUlp(double got, double want) {
+  const double magnitude = std::max({std::abs(got), std::abs(want), 0x1p-126});
+  return std::ldexp(1.0, std::ilogb(magnitude) - 8);
+}
 
-std::string Compare(std::span<const float> got, std::span<const double> want, size_t columns,
-                    double relative_l2) {
+std::string CompareBeyond(std::span<const float> got, std::span<const double> want, size_t columns,
+                          double relative_l2, bool is_bf16) {
   std::ostringstream out;
   if (got.size() != want.size()) {
     out << got.size() << " values, expected " << want.size();
@@ -35,7 +40,8 @@ std::string Compare(std::span<const float> got, std::span<const double> want, si
       return out.str();
     }
     if (!std::isfinite(want[i])) continue;
-    const double difference = std::abs(got[i] - want[i]);
+    const double rounding = is_bf16 ? HalfUlp(got[i], want[i]) : 0;
+    const double difference = std::max(0.0, std::abs(got[i] - want[i]) - rounding);
     error += difference * difference;
     norm += want[i] * want[i];
     if (difference > worst) {
@@ -48,6 +54,18 @@ std::string Compare(std::span<const float> got, std::span<const double> want, si
   out << "relative L2 error " << relative << " > " << relative_l2 << "; worst "
       << Cell(worst_at, columns) << " is " << got[worst_at] << ", expected " << want[worst_at];
   return out.str();
+}
+
+}  // namespace
+
+std::string Compare(std::span<const float> got, std::span<const double> want, size_t columns,
+                    double relative_l2) {
+  return CompareBeyond(got, want, columns, relative_l2, /*is_bf16=*/false);
+}
+
+std::string CompareStored(std::span<const float> got, std::span<const double> want, size_t columns,
+                          kernels::DType stored, double relative_l2) {
+  return CompareBeyond(got, want, columns, relative_l2, stored == kernels::DType::kBF16);
 }
 
 std::string CompareBits(std::span<const float> got, std::span<const float> want, size_t columns) {

@@ -7,6 +7,8 @@
 #include <span>
 #include <string>
 
+#include "kernels/tensor.h"
+
 namespace resa::testing {
 
 // Empty when `got` is as good as `want`: NaN and infinities at the same places, and the relative
@@ -14,6 +16,12 @@ namespace resa::testing {
 // cell as [row, column] for `columns` columns.
 std::string Compare(std::span<const float> got, std::span<const double> want, size_t columns,
                     double relative_l2);
+
+// The same for what was rounded to `stored` as it was written. A cell of bf16 may be half a unit in
+// the last place off for that alone: only what goes beyond counts as error, so the bound is that of
+// the arithmetic, whatever the type.
+std::string CompareStored(std::span<const float> got, std::span<const double> want, size_t columns,
+                          kernels::DType stored, double relative_l2);
 
 // Empty when both hold the same bits; otherwise the first cell that differs.
 std::string CompareBits(std::span<const float> got, std::span<const float> want, size_t columns);

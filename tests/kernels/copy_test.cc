@@ -12,7 +12,7 @@ class CopyTest : public OpsTest {};
 
 TEST_P(CopyTest, GatherRowsTakesTheListedRowsInOrder) {
   auto ops = MakeOps(2);
-  std::vector<float> x = Normal(50 * 33);
+  std::vector<float> x = Activations(50 * 33);
   std::vector<int32_t> rows;
   for (int i = 0; i < 70; ++i) rows.push_back(Uniform(0, 49));
   std::vector<float> out = Poison(70 * 33);

@@ -17,8 +17,8 @@ class CpuOpsTest : public OpsTest {};
 TEST_P(CpuOpsTest, DescriptionNamesInstructionSetAndThreads) {
   EXPECT_THAT(MakeOps(3)->Description(), HasSubstr("3 threads"));
   EXPECT_THAT(MakeOps(1)->Description(), HasSubstr("1 thread"));
-  if (GetParam() != 0) {
-    EXPECT_THAT(MakeOps(1)->Description(), HasSubstr(hwy::TargetName(GetParam())));
+  if (GetParam().instructions != 0) {
+    EXPECT_THAT(MakeOps(1)->Description(), HasSubstr(hwy::TargetName(GetParam().instructions)));
   }
 }
 
@@ -57,7 +57,7 @@ TEST_P(CpuOpsTest, ZeroThreadsMeansAllCores) {
               HasSubstr(std::to_string(kernels::AvailableCores()) + " thread"));
 }
 
-RESA_INSTANTIATE_OPS_TEST(CpuOpsTest);
+RESA_INSTANTIATE_CPU_OPS_TEST(CpuOpsTest);
 
 }  // namespace
 }  // namespace resa::testing

@@ -36,7 +36,7 @@ class LinearTest : public OpsTest {
       const std::function<std::unique_ptr<kernels::Ops>(int threads)>& make,
       const LinearCase& shape, int64_t all_rows, const std::vector<int64_t>& row_counts) {
     std::vector<kernels::bf16> weight = NormalBf16(static_cast<size_t>(shape.out * shape.in), 0.1f);
-    const std::vector<float> x = Normal(static_cast<size_t>(all_rows * shape.in));
+    const std::vector<float> x = Activations(static_cast<size_t>(all_rows * shape.in));
     const std::vector<float> bias = Normal(static_cast<size_t>(shape.out));
     const std::vector<float> all = Linear(*make(1), x, weight, bias, all_rows, shape);
     for (int threads : {1, 2, 5}) {
@@ -59,7 +59,7 @@ class LinearTest : public OpsTest {
 
   void ExpectARowOfNansStaysAlone(kernels::Ops& ops) {
     std::vector<kernels::bf16> weight = NormalBf16(64 * 96);
-    std::vector<float> x = Normal(20 * 96);
+    std::vector<float> x = Activations(20 * 96);
     const std::vector<float> want = Linear(ops, x, weight, {}, 20, {64, 96});
     std::fill_n(x.begin() + 7 * 96, 96, std::numeric_limits<float>::quiet_NaN());
     const std::vector<float> out = Linear(ops, x, weight, {}, 20, {64, 96});

@@ -195,7 +195,7 @@ TEST_P(LinearOneDnnTest, StartsNoThreadsAndKeepsNoMemory) {
   EXPECT_EQ(ThreadsOfProcess(), before + 2);
 }
 
-RESA_INSTANTIATE_OPS_TEST(LinearOneDnnTest);
+RESA_INSTANTIATE_CPU_OPS_TEST(LinearOneDnnTest);
 
 #if defined(__x86_64__)
 TEST(Bf16LinearTest, IsOffByDefaultAndAutoMeansTheInstructions) {

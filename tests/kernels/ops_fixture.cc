@@ -7,7 +7,12 @@
 
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_ops.h"
+#include "tests/kernels/staged_ops.h"
 #include "tests/support/test_seed.h"
+
+#if RESA_HAVE_CUDA
+#include "kernels/cuda/cuda_ops.h"
+#endif
 
 namespace resa::testing {
 
@@ -16,39 +21,104 @@ using kernels::DType;
 using kernels::kPageTokens;
 using kernels::Matrix;
 
-std::vector<int64_t> TestTargets() {
-#if defined(__x86_64__)
-  std::vector<int64_t> targets;
-  for (int64_t target : {int64_t{HWY_AVX2}, int64_t{HWY_AVX3}}) {
-    if ((hwy::SupportedTargets() & target) != 0) targets.push_back(target);
-  }
-  return targets;
+namespace {
+
+bool HasCuda() {
+#if RESA_HAVE_CUDA
+  static const bool has = [] {
+    std::string why_not;
+    return kernels::CreateCudaOps({}, &why_not) != nullptr;
+  }();
+  return has;
 #else
-  return {0};  // The only one.
+  return false;
 #endif
 }
 
-std::string TargetTestName(const ::testing::TestParamInfo<int64_t>& info) {
-  return info.param == 0 ? "default" : hwy::TargetName(info.param);
+std::unique_ptr<kernels::Ops> MakeCudaOps([[maybe_unused]] const TestOpsOptions& options) {
+#if RESA_HAVE_CUDA
+  std::string why_not;
+  auto ops = kernels::CreateCudaOps({.deterministic = options.deterministic}, &why_not);
+  RESA_CHECK(ops != nullptr) << why_not;
+  return ops;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace
+
+std::vector<TestTarget> CpuTargets() {
+#if defined(__x86_64__)
+  std::vector<TestTarget> targets;
+  for (int64_t bit : {int64_t{HWY_AVX2}, int64_t{HWY_AVX3}}) {
+    if ((hwy::SupportedTargets() & bit) != 0) targets.push_back({.instructions = bit});
+  }
+  return targets;
+#else
+  return {TestTarget{}};  // The only one.
+#endif
+}
+
+std::vector<TestTarget> TestTargets() {
+  std::vector<TestTarget> targets = CpuTargets();
+  targets.push_back({.backend = TestTarget::Backend::kStaged});
+  if (HasCuda()) targets.push_back({.backend = TestTarget::Backend::kCuda});
+  return targets;
+}
+
+std::string NameOf(const TestTarget& target) {
+  if (target.backend == TestTarget::Backend::kStaged) return "staged";
+  if (target.backend == TestTarget::Backend::kCuda) return "cuda";
+  return target.instructions == 0 ? "default" : hwy::TargetName(target.instructions);
+}
+
+std::string TargetTestName(const ::testing::TestParamInfo<TestTarget>& info) {
+  return NameOf(info.param);
 }
 
 OpsTest::OpsTest()
     : seed_(TestSeed()),
       trace_(__FILE__, __LINE__, ::testing::Message() << "RESA_TEST_SEED=" << seed_),
       rng_(seed_) {
-  hwy::SetSupportedTargetsForTest(GetParam());
+  hwy::SetSupportedTargetsForTest(GetParam().instructions);
 }
 
 OpsTest::~OpsTest() { hwy::SetSupportedTargetsForTest(0); }
 
-std::unique_ptr<kernels::Ops> OpsTest::MakeOps(int threads) const {
-  return kernels::CreateCpuOps({.threads = threads});
+std::unique_ptr<kernels::Ops> OpsTest::MakeOps(const TestOpsOptions& options) const {
+  if (GetParam().backend == TestTarget::Backend::kCpu) {
+    return kernels::CreateCpuOps({.threads = options.threads});
+  }
+  auto staged = std::make_unique<StagedOps>(
+      IsCuda() ? MakeCudaOps(options) : kernels::CreateCpuOps({.threads = options.threads}));
+  staged->set_linear_writes_f32(options.linear_writes_f32);
+  return staged;
+}
+
+HeadCase OpsTest::Supported(HeadCase heads) const {
+  if (IsCuda()) heads.kv = DType::kBF16;
+  return heads;
+}
+
+std::vector<HeadCase> OpsTest::HeadCases() const {
+  std::vector<HeadCase> cases;
+  for (const HeadCase& heads : kHeadCases) cases.push_back(Supported(heads));
+  return cases;
 }
 
 std::vector<float> OpsTest::Normal(size_t n, float scale) {
   std::normal_distribution<float> normal(0.0f, scale);
   std::vector<float> out(n);
   for (float& x : out) x = normal(rng_);
+  return out;
+}
+
+std::vector<float> OpsTest::Activations(size_t n, float scale) {
+  std::vector<float> out = Normal(n, scale);
+  if (activation_dtype() == DType::kBF16) {
+    for (float& x : out) x = kernels::ToFloat(kernels::RoundToBf16(x));
+  }
   return out;
 }
 

@@ -1,8 +1,8 @@
 #ifndef RESA_TESTS_KERNELS_OPS_FIXTURE_H_
 #define RESA_TESTS_KERNELS_OPS_FIXTURE_H_
 
-// What the tests of kernels share: a backend for each instruction set this machine has, random
-// data from a printed seed, and a pool with shuffled page tables and poisoned pages.
+// What the tests of kernels share: every backend this machine can run, random data from a printed
+// seed, and a pool with shuffled page tables and poisoned pages.
 
 #include <gtest/gtest.h>
 
@@ -19,20 +19,54 @@
 
 namespace resa::testing {
 
-// Compiled and supported instruction sets, as Highway's target bits.
-std::vector<int64_t> TestTargets();
-std::string TargetTestName(const ::testing::TestParamInfo<int64_t>& info);
+// What a test runs over.
+struct TestTarget {
+  enum class Backend : uint8_t {
+    kCpu,     // With the instruction set `instructions`.
+    kStaged,  // The CPU through StagedOps, which shows that StagedOps copies what it must.
+    kCuda,    // The first GPU through StagedOps.
+  };
+  Backend backend = Backend::kCpu;
+  int64_t instructions = 0;  // Highway's target bit; 0: the best there is.
+};
+std::string NameOf(const TestTarget& target);
+std::string TargetTestName(const ::testing::TestParamInfo<TestTarget>& info);
 
-// A test that runs once per instruction set. Random data comes from rng(), whose seed is printed
-// with every failure and can be given as RESA_TEST_SEED.
-class OpsTest : public ::testing::TestWithParam<int64_t> {
+// The CPU with every instruction set that is compiled in and supported, and all targets: those,
+// the staged CPU, and the GPU where there is one that the CUDA backend takes.
+std::vector<TestTarget> CpuTargets();
+std::vector<TestTarget> TestTargets();
+
+struct TestOpsOptions {
+  int threads = 1;
+  bool deterministic = false;      // CUDA: products whose bits no other row of the batch changes.
+  bool linear_writes_f32 = false;  // As for logits, where activations are bf16.
+};
+
+// A test that runs once per target. Random data comes from rng(), whose seed is printed with every
+// failure and can be given as RESA_TEST_SEED.
+class OpsTest : public ::testing::TestWithParam<TestTarget> {
  protected:
   OpsTest();
   ~OpsTest() override;
 
-  std::unique_ptr<kernels::Ops> MakeOps(int threads) const;
+  std::unique_ptr<kernels::Ops> MakeOps(int threads) const { return MakeOps({.threads = threads}); }
+  std::unique_ptr<kernels::Ops> MakeOps(const TestOpsOptions& options) const;
+
+  bool IsCuda() const { return GetParam().backend == TestTarget::Backend::kCuda; }
+  // How the target's kernels see activations; the tests' vectors are f32 everywhere.
+  kernels::DType activation_dtype() const {
+    return IsCuda() ? kernels::DType::kBF16 : kernels::DType::kF32;
+  }
+  // With a KV type that the target has.
+  HeadCase Supported(HeadCase heads) const;
+  std::vector<HeadCase> HeadCases() const;  // kHeadCases so.
+
   std::mt19937_64& rng() { return rng_; }
   std::vector<float> Normal(size_t n, float scale = 1.0f);
+  // Numbers that survive being stored as activations, so that a reference sees what the kernel
+  // sees.
+  std::vector<float> Activations(size_t n, float scale = 1.0f);
   std::vector<kernels::bf16> NormalBf16(size_t n, float scale = 1.0f);
   int Uniform(int low, int high);  // Inclusive.
 
@@ -42,9 +76,14 @@ class OpsTest : public ::testing::TestWithParam<int64_t> {
   std::mt19937_64 rng_;
 };
 
-#define RESA_INSTANTIATE_OPS_TEST(fixture)                                                       \
-  INSTANTIATE_TEST_SUITE_P(Target, fixture, ::testing::ValuesIn(::resa::testing::TestTargets()), \
+#define RESA_INSTANTIATE_ON(fixture, targets)                             \
+  INSTANTIATE_TEST_SUITE_P(Target, fixture, ::testing::ValuesIn(targets), \
                            ::resa::testing::TargetTestName)
+#define RESA_INSTANTIATE_OPS_TEST(fixture) \
+  RESA_INSTANTIATE_ON(fixture, ::resa::testing::TestTargets())
+// What is the CPU backend's own.
+#define RESA_INSTANTIATE_CPU_OPS_TEST(fixture) \
+  RESA_INSTANTIATE_ON(fixture, ::resa::testing::CpuTargets())
 
 // A matrix over a vector, which must outlive it.
 kernels::Matrix AsMatrix(std::vector<float>& data, int64_t rows, int64_t cols);

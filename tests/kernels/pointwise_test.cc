@@ -31,7 +31,7 @@ TEST_P(PointwiseTest, EmbedWidensRows) {
 TEST_P(PointwiseTest, RmsNormMatchesFloat64AndMayBeInPlace) {
   auto ops = MakeOps(2);
   for (int64_t cols : {1, 7, 16, 63, 64, 100, 576, 4096}) {
-    std::vector<float> x = Normal(static_cast<size_t>(9 * cols), 3.0f);
+    std::vector<float> x = Activations(static_cast<size_t>(9 * cols), 3.0f);
     const std::vector<float> weight = Normal(static_cast<size_t>(cols));
     const Doubles want = ReferenceRmsNorm(x, weight, 1e-5f, 9);
     std::vector<float> out = Poison(x.size());
@@ -40,7 +40,8 @@ TEST_P(PointwiseTest, RmsNormMatchesFloat64AndMayBeInPlace) {
                   .eps = 1e-5f,
                   .out = AsMatrix(out, 9, cols)});
     // A sum of squares of one sign, a root and two products: a few times 2^-24.
-    EXPECT_EQ(Compare(out, want, static_cast<size_t>(cols), 5e-7), "") << cols << " columns";
+    EXPECT_EQ(CompareStored(out, want, static_cast<size_t>(cols), activation_dtype(), 5e-7), "")
+        << cols << " columns";
     // One row alone gives the same bits, in place too.
     std::vector<float> row(x.begin() + 4 * cols, x.begin() + 5 * cols);
     ops->RmsNorm({.x = AsMatrix(row, 1, cols),
@@ -57,12 +58,12 @@ TEST_P(PointwiseTest, RmsNormMatchesFloat64AndMayBeInPlace) {
 
 TEST_P(PointwiseTest, SiluMulMatchesFloat64OverTheWholeRange) {
   auto ops = MakeOps(2);
-  std::vector<float> gate = Normal(50000, 4.0f);
+  std::vector<float> gate = Activations(50000, 4.0f);
   for (int i = -200; i <= 200; ++i) gate.push_back(static_cast<float>(i) * 0.5f);
   gate.push_back(std::numeric_limits<float>::quiet_NaN());
   gate.push_back(std::numeric_limits<float>::infinity());
   const auto n = static_cast<int64_t>(gate.size());
-  std::vector<float> up = Normal(gate.size());
+  std::vector<float> up = Activations(gate.size());
   up.back() = 1.0f;
   Doubles want;
   for (size_t i = 0; i < gate.size(); ++i) {
@@ -71,10 +72,13 @@ TEST_P(PointwiseTest, SiluMulMatchesFloat64OverTheWholeRange) {
   std::vector<float> out = gate;  // In place.
   ops->SiluMul({.gate = AsMatrix(out, 1, n), .up = AsMatrix(up, 1, n), .out = AsMatrix(out, 1, n)});
   // exp() is good to 2e-7, two more operations.
-  EXPECT_EQ(Compare(out, want, static_cast<size_t>(n), 4e-7), "");
+  EXPECT_EQ(CompareStored(out, want, static_cast<size_t>(n), activation_dtype(), 4e-7), "");
   for (size_t i = 0; i < out.size(); ++i) {
     if (!std::isfinite(gate[i]) || gate[i] < -60.0f) continue;
-    ASSERT_NEAR(out[i], want[i], 5e-7 * std::abs(want[i])) << "silu of " << gate[i];
+    ASSERT_EQ(CompareStored(std::span(out).subspan(i, 1), std::span(want).subspan(i, 1), 1,
+                            activation_dtype(), 5e-7),
+              "")
+        << "silu of " << gate[i];
   }
 }
 

@@ -36,9 +36,10 @@ class SelectTest : public OpsTest {
   World MakeRandomWorld(kernels::Ops& ops, const HeadCase& heads,
                         const kernels::SelectorSpec& selector, const std::vector<int>& lengths) {
     const auto tokens = static_cast<size_t>(std::accumulate(lengths.begin(), lengths.end(), 0));
-    return MakeWorld(ops, heads, selector, lengths,
-                     Normal(tokens * static_cast<size_t>(heads.kv_heads * heads.head_dim)),
-                     Normal(lengths.size() * static_cast<size_t>(heads.heads() * heads.head_dim)));
+    return MakeWorld(
+        ops, heads, selector, lengths,
+        Activations(tokens * static_cast<size_t>(heads.kv_heads * heads.head_dim)),
+        Activations(lengths.size() * static_cast<size_t>(heads.heads() * heads.head_dim)));
   }
 
   // A row per sequence with this budget, cut to what the sequence has.

@@ -40,7 +40,7 @@ std::string SparseFromReason(int32_t sparse_from, int32_t longest_context) {
 
 }  // namespace
 
-AttentionChoice ChooseAttention(const AttentionOptions& options, Device device,
+AttentionChoice ChooseAttention(const AttentionOptions& options, bool on_gpu,
                                 const engine::ModelConfig& model, const kernels::KvLayout& layout,
                                 int32_t longest_context, kernels::Ops* ops) {
   AttentionChoice choice;
@@ -63,7 +63,7 @@ AttentionChoice ChooseAttention(const AttentionOptions& options, Device device,
   if (options.auto_mode) {
     // Matrix units do the arithmetic of rectification beside the reading of memory.
     choice.default_policy.mode =
-        device == Device::kCpu ? engine::ModeFor(forecast) : engine::AttentionMode::kRectified;
+        on_gpu ? engine::AttentionMode::kRectified : engine::ModeFor(forecast);
     absl::StrAppend(&reason, ModeReason(choice.default_policy.mode, forecast));
   }
   if (!options.sparse_from.has_value()) {

@@ -21,9 +21,10 @@ struct AttentionChoice {
 };
 
 // Measures the machine (half a second) when anything is "auto" that depends on it. Mode: RECTIFIED
-// on a device with matrix units; on the CPU engine::ModeFor at engine::kReferenceContext tokens, or
-// at `longest_context`, what one sequence may hold, when that is less.
-AttentionChoice ChooseAttention(const AttentionOptions& options, Device device,
+// on a GPU, whose matrix units have the arithmetic to spare; on the CPU engine::ModeFor at
+// engine::kReferenceContext tokens, or at `longest_context`, what one sequence may hold, when that
+// is less.
+AttentionChoice ChooseAttention(const AttentionOptions& options, bool on_gpu,
                                 const engine::ModelConfig& model, const kernels::KvLayout& layout,
                                 int32_t longest_context, kernels::Ops* ops);
 

@@ -12,6 +12,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "engine/scheduler.h"
 #include "engine/status_macros.h"
 #include "google/protobuf/io/tokenizer.h"
@@ -194,11 +195,16 @@ absl::StatusOr<ListenOptions> ResolveListen(const ServerConfig& settings) {
 absl::StatusOr<DeviceOptions> ResolveDevice(const ServerConfig& settings) {
   DeviceOptions device;
   const std::string name = settings.has_device() ? settings.device() : "auto";
-  if (absl::StartsWith(name, "cuda")) {
-    return Invalid("--device: ", name,
-                   " is not available: this resad is built without CUDA; use auto or cpu");
+  absl::string_view index = name;
+  if (absl::ConsumePrefix(&index, "cuda:") && absl::SimpleAtoi(index, &device.cuda_index) &&
+      device.cuda_index >= 0) {
+    device.device = Device::kCuda;
+  } else {
+    RESA_ASSIGN_OR_RETURN(const size_t choice, Choose("device", name, {"auto", "cpu", "cuda:N"}));
+    if (choice == 2) return Invalid("--device: cuda:N is cuda:0 for the first GPU");
+    device.device = choice == 0 ? Device::kAuto : Device::kCpu;
   }
-  RESA_RETURN_IF_ERROR(Choose("device", name, {"auto", "cpu", "cuda:N"}).status());
+  device.deterministic = settings.deterministic();
   if (settings.has_threads()) {
     device.threads = settings.threads();
     if (device.threads < 1 || device.threads > kMaxThreads) {

@@ -29,12 +29,18 @@ struct ListenOptions {
   absl::Duration drain_timeout;
 };
 
-enum class Device : uint8_t { kCpu };
+enum class Device : uint8_t {
+  kAuto,  // The first GPU that can be used, else the CPU.
+  kCpu,
+  kCuda,
+};
 
 struct DeviceOptions {
-  Device device = Device::kCpu;
-  int32_t threads = 0;   // 0: the cores this process may use.
-  bool cpu_bf16 = true;  // Linear with the CPU's bf16 instructions, where it has them.
+  Device device = Device::kAuto;
+  int32_t cuda_index = 0;      // Of kCuda, as the driver counts.
+  bool deterministic = false;  // Products on a GPU do not depend on the batch. A CPU's never do.
+  int32_t threads = 0;         // 0: the cores this process may use.
+  bool cpu_bf16 = true;        // Linear with the CPU's bf16 instructions, where it has them.
 };
 
 struct PoolOptions {

@@ -10,9 +10,13 @@
 #include <thread>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "kernels/cpu/cpu_ops.h"
+#if RESA_HAVE_CUDA
+#include "kernels/cuda/cuda_ops.h"
+#endif
 #include "server/config.h"
 #include "server/daemon.h"
 #include "server/serving_stack.h"
@@ -40,11 +44,55 @@ std::shared_ptr<spdlog::logger> MakeLogger(const resa::server::LogOptions& optio
   return logger;
 }
 
-std::unique_ptr<resa::kernels::Ops> MakeOps(const resa::server::DeviceOptions& options) {
+using OpsOr = absl::StatusOr<std::unique_ptr<resa::kernels::Ops>>;
+
+OpsOr MakeCpuOps(const resa::server::DeviceOptions& options) {
   using ::resa::kernels::Bf16Linear;
+  if (!resa::kernels::CpuSupported()) {
+    return absl::FailedPreconditionError(
+        "--device: this CPU lacks what the kernels need (on x86-64: AVX2, FMA, F16C and BMI2)");
+  }
   return resa::kernels::CreateCpuOps(
       {.threads = options.threads,
        .bf16_linear = options.cpu_bf16 ? Bf16Linear::kAuto : Bf16Linear::kOff});
+}
+
+#if RESA_HAVE_CUDA
+OpsOr MakeCudaOps(int index, bool deterministic) {
+  std::string why_not;
+  auto ops =
+      resa::kernels::CreateCudaOps({.device = index, .deterministic = deterministic}, &why_not);
+  if (ops == nullptr) return absl::FailedPreconditionError("--device: " + why_not);
+  return ops;
+}
+#else
+OpsOr MakeCudaOps(int, bool) {
+  return absl::FailedPreconditionError(
+      "--device: this resad is built without CUDA; use auto or cpu, or build it where nvcc is");
+}
+#endif
+
+int VisibleGpus() {
+#if RESA_HAVE_CUDA
+  return resa::kernels::CudaDeviceCount();
+#else
+  return 0;
+#endif
+}
+
+// Auto says why a GPU that is there is passed over: nobody wants to find out by the speed.
+OpsOr MakeOps(const resa::server::DeviceOptions& options, spdlog::logger* logger) {
+  using ::resa::server::Device;
+  if (options.device == Device::kCpu) return MakeCpuOps(options);
+  if (options.device == Device::kCuda) {
+    return MakeCudaOps(options.cuda_index, options.deterministic);
+  }
+  for (int index = 0; index < VisibleGpus(); ++index) {
+    OpsOr ops = MakeCudaOps(index, options.deterministic);
+    if (ops.ok()) return ops;
+    logger->warn("passed over: {}", std::string(ops.status().message()));
+  }
+  return MakeCpuOps(options);
 }
 
 // Waits for SIGTERM and SIGINT on a thread of its own. The first asks to stop; another one, or the
@@ -79,7 +127,9 @@ class SignalWaiter {
 };
 
 int Check(const Config& config, spdlog::logger* logger) {
-  const auto stack = ServingStack::Load(config, MakeOps(config.device), logger);
+  OpsOr ops = MakeOps(config.device, logger);
+  if (!ops.ok()) return Fail(ops.status());
+  const auto stack = ServingStack::Load(config, *std::move(ops), logger);
   if (!stack.ok()) return Fail(stack.status());
   logger->info("the settings and the model are good");
   return 0;
@@ -90,7 +140,9 @@ int Serve(const Config& config, std::shared_ptr<spdlog::logger> logger) {
   static SignalWaiter* const signals = new SignalWaiter;
   const auto daemon = Daemon::Create(config, logger);
   if (!daemon.ok()) return Fail(daemon.status());
-  if (const absl::Status status = (*daemon)->Load(MakeOps(config.device)); !status.ok()) {
+  OpsOr ops = MakeOps(config.device, logger.get());
+  if (!ops.ok()) return Fail(ops.status());
+  if (const absl::Status status = (*daemon)->Load(*std::move(ops)); !status.ok()) {
     return Fail(status);
   }
   signals->StartServing();
@@ -117,10 +169,6 @@ int main(int argc, char** argv) {
   }
   const absl::StatusOr<Config> config = resa::server::ResolveConfig(line->settings);
   if (!config.ok()) return Fail(config.status());
-  if (!resa::kernels::CpuSupported()) {
-    return Fail(absl::FailedPreconditionError(
-        "--device: this CPU lacks what the kernels need (on x86-64: AVX2, FMA, F16C and BMI2)"));
-  }
   std::shared_ptr<spdlog::logger> logger = MakeLogger(config->log);
   return line->check ? Check(*config, logger.get()) : Serve(*config, logger);
 }

@@ -111,17 +111,21 @@ absl::StatusOr<int64_t> PoolPagesFor(const kernels::KvLayout& layout, int64_t by
 absl::StatusOr<int64_t> DefaultPoolPages(const kernels::KvLayout& layout, const PoolDemand& demand,
                                          int64_t available) {
   const int64_t page = static_cast<int64_t>(layout.PageBytes());
-  const int64_t left = std::max<int64_t>(0, available - demand.activation_bytes);
-  const int64_t fitting = static_cast<int64_t>(kDefaultPoolShare * left) / page;
+  const int64_t left =
+      std::max<int64_t>(0, available - demand.activation_bytes - demand.weight_bytes);
+  const int64_t fitting = static_cast<int64_t>(demand.share * left) / page;
   const int64_t context_pages =
       (int64_t{demand.max_context} + kernels::kPageTokens - 1) / kernels::kPageTokens;
   if (fitting < context_pages) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "one context of ", demand.max_context, " tokens needs ", FormatBytes(context_pages * page),
-        " of KV pool, but ", absl::StrFormat("%.0f%%", kDefaultPoolShare * 100), " of the ",
+        " of KV pool, but ", absl::StrFormat("%.0f%%", demand.share * 100), " of the ",
         FormatBytes(left), " available is ", FormatBytes(fitting * page), " (",
-        FormatBytes(demand.activation_bytes), " went to activations)",
-        "; lower --max-context or --max-step-tokens, or set --pool-memory"));
+        FormatBytes(demand.activation_bytes), " went to activations",
+        demand.weight_bytes > 0
+            ? absl::StrCat(", ", FormatBytes(demand.weight_bytes), " to weights")
+            : "",
+        ")", "; lower --max-context or --max-step-tokens, or set --pool-memory"));
   }
   const int64_t wanted = context_pages * demand.max_sequences;
   return std::min<int64_t>(std::min(fitting, wanted), std::numeric_limits<int32_t>::max());

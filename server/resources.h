@@ -16,18 +16,22 @@ namespace resa::server {
 // /proc/meminfo cannot be read. `root` is where /proc and /sys are, for tests.
 absl::StatusOr<int64_t> MemoryAvailable(const std::string& root = "");
 
-// Share of the available memory, less what activations take, that the KV pool takes unless told
-// otherwise. The rest is for requests and the page cache that holds the weights.
+// Share of the available memory, less what activations and copied weights take, that the KV pool
+// takes unless told otherwise. The rest is for requests and the page cache that holds the weights.
 inline constexpr double kDefaultPoolShare = 0.6;
+// The same on a GPU, which nobody else shares: the rest is for the kernels' workspaces.
+inline constexpr double kDevicePoolShare = 0.95;
 
 struct PoolDemand {
   int32_t max_context = 0;
   int32_t max_sequences = 0;
   int64_t activation_bytes = 0;  // What a step's workspace takes beside the pool.
+  int64_t weight_bytes = 0;      // What will be copied to a device; 0 where weights stay.
+  double share = kDefaultPoolShare;
 };
 
-// Pages of a default pool: kDefaultPoolShare of the `available` bytes that activations leave, but
-// no more than max_sequences full contexts need. RESOURCE_EXHAUSTED, with the numbers, when not
+// Pages of a default pool: its share of the `available` bytes that activations and weights leave,
+// but no more than max_sequences full contexts need. RESOURCE_EXHAUSTED, with the numbers, when not
 // even one full context fits.
 absl::StatusOr<int64_t> DefaultPoolPages(const kernels::KvLayout& layout, const PoolDemand& demand,
                                          int64_t available);

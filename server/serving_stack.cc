@@ -1,6 +1,7 @@
 #include "server/serving_stack.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -119,7 +120,11 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
   const kernels::KvLayout page =
       engine::LayoutFor(loaded_.config, config.pool.selector, config.pool.kv_dtype, 1);
   if (config.pool.bytes.has_value()) return PoolPagesFor(page, *config.pool.bytes);
-  RESA_ASSIGN_OR_RETURN(const int64_t available, MemoryAvailable());
+  const std::optional<int64_t> device_memory = ops_->DeviceMemoryFree();
+  int64_t available = device_memory.value_or(0);
+  if (!device_memory.has_value()) {
+    RESA_ASSIGN_OR_RETURN(available, MemoryAvailable());
+  }
   const engine::BatchLimits batch = BatchLimitsFor(config, engine::PagesFor(max_context));
   PoolDemand demand;
   demand.max_context = max_context;
@@ -127,6 +132,11 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
   demand.activation_bytes = static_cast<int64_t>(engine::ActivationMemory::BytesNeeded(
       loaded_.config, batch, engine::RaggedBatch::MaxBlockIds(batch, page),
       ops_->activation_dtype()));
+  if (device_memory.has_value()) {
+    demand.share = kDevicePoolShare;
+    demand.weight_bytes =
+        static_cast<int64_t>(loaded_.weights.mapped_bytes + loaded_.weights.converted_bytes);
+  }
   return DefaultPoolPages(page, demand, available);
 }
 
@@ -137,7 +147,7 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
   const kernels::KvLayout layout =
       engine::LayoutFor(model, config.pool.selector, config.pool.kv_dtype, pages);
   const AttentionChoice attention = ChooseAttention(
-      config.attention, config.device.device, model, layout,
+      config.attention, ops_->DeviceMemoryFree().has_value(), model, layout,
       static_cast<int32_t>(std::min<int64_t>(max_context, pages * kernels::kPageTokens)),
       ops_.get());
 

@@ -51,7 +51,7 @@ class AttentionChoiceTest : public ::testing::Test {
   AttentionChoice Choose(const kernels::Ceilings& ceilings, int32_t longest_context = 131072) {
     MachineOps ops(cpu_.get(), ceilings);
     AttentionChoice choice =
-        ChooseAttention(options_, Device::kCpu, model_, layout_, longest_context, &ops);
+        ChooseAttention(options_, /*on_gpu=*/false, model_, layout_, longest_context, &ops);
     measured_ = ops.measured;
     return choice;
   }

@@ -39,7 +39,7 @@ TEST(ConfigTest, Defaults) {
   EXPECT_EQ(config.listen.grpc_address, "127.0.0.1:50051");
   EXPECT_EQ(config.listen.http_address, "127.0.0.1:9090");
   EXPECT_EQ(config.listen.drain_timeout, absl::Seconds(30));
-  EXPECT_EQ(config.device.device, Device::kCpu);
+  EXPECT_EQ(config.device.device, Device::kAuto);
   EXPECT_EQ(config.device.threads, 0);
   EXPECT_TRUE(config.device.cpu_bf16);
   EXPECT_EQ(config.pool.kv_dtype, kernels::DType::kBF16);
@@ -55,6 +55,15 @@ TEST(ConfigTest, Defaults) {
   EXPECT_EQ(config.attention.sparse_from, std::nullopt);
   EXPECT_EQ(config.log.level, "info");
   EXPECT_FALSE(config.log.prompts);
+}
+
+TEST(ConfigTest, AGpuIsNamedByItsNumber) {
+  const Config config = MustResolve({"--device=cuda:3", "--deterministic=true"});
+  EXPECT_EQ(config.device.device, Device::kCuda);
+  EXPECT_EQ(config.device.cuda_index, 3);
+  EXPECT_TRUE(config.device.deterministic);
+  EXPECT_EQ(MustResolve({"--device=cpu"}).device.device, Device::kCpu);
+  EXPECT_FALSE(MustResolve({}).device.deterministic);
 }
 
 TEST(ConfigTest, EveryFieldIsAFlagAndIsExplained) {
@@ -101,6 +110,7 @@ TEST(ConfigTest, FlagsAndFileMeanTheSame) {
       # A comment.
       model: "/m/a.gguf" served_model_name: "served" listen: "[::]:0" http_listen: ""
       port_file: "/tmp/ports" drain_timeout: "5s" device: "cpu" threads: 3 cpu_bf16: "off"
+      deterministic: true
       kv_dtype: "f32"
       pool_memory: "64MiB" max_context: 4096 max_sequences: 8 max_step_tokens: 600
       max_waiting: 9 preset: "default" selector: "sketch" block_tokens: 4 planes: 3
@@ -118,6 +128,7 @@ TEST(ConfigTest, FlagsAndFileMeanTheSame) {
                                        "--device=cpu",
                                        "--threads=3",
                                        "--cpu-bf16=off",
+                                       "--deterministic",
                                        "--kv-dtype=f32",
                                        "--pool-memory=64MiB",
                                        "--max-context=4096",
@@ -213,7 +224,9 @@ TEST(ConfigTest, RefusesWhatIsOutOfRangeOrContradictsItselfWithOneLine) {
       {{"--model=m", "--http-listen=h:"}, "--http-listen: 'h:' is not HOST:PORT"},
       {{"--model=m", "--listen=h:1", "--http-listen=h:1"}, "--http-listen: h:1 is also --listen"},
       {{"--model=m", "--drain-timeout=soon"}, "--drain-timeout: 'soon' is not a duration"},
-      {{"--model=m", "--device=cuda:0"}, "--device: cuda:0 is not available"},
+      {{"--model=m", "--device=cuda"}, "--device: 'cuda' is none of auto, cpu, cuda:N"},
+      {{"--model=m", "--device=cuda:-1"}, "--device: 'cuda:-1' is none of auto, cpu, cuda:N"},
+      {{"--model=m", "--device=cuda:N"}, "--device: cuda:N is cuda:0 for the first GPU"},
       {{"--model=m", "--device=tpu"}, "--device: 'tpu' is none of auto, cpu, cuda:N"},
       {{"--model=m", "--threads=0"}, "--threads: 0 is not from 1 to 1024"},
       {{"--model=m", "--cpu-bf16=on"}, "--cpu-bf16: 'on' is none of auto, off"},

@@ -113,6 +113,17 @@ TEST(PoolPagesTest, TheDefaultLeavesRoomForActivations) {
             absl::StatusCode::kResourceExhausted);
 }
 
+TEST(PoolPagesTest, ADeviceHoldsWeightsTooAndGivesAGreaterShare) {
+  const kernels::KvLayout layout = SmallLayout();
+  const int64_t page = layout.PageBytes();
+  PoolDemand demand = {.max_context = 1600, .max_sequences = 100};
+  demand.weight_bytes = 300 * page;
+  demand.share = kDevicePoolShare;
+  EXPECT_EQ(DefaultPoolPages(layout, demand, 1300 * page).value(), 950);
+  const auto too_little = DefaultPoolPages(layout, demand, 350 * page);
+  EXPECT_THAT(std::string(too_little.status().message()), testing::HasSubstr("to weights"));
+}
+
 TEST(FormatBytesTest, UsesTheLargestUnit) {
   EXPECT_EQ(FormatBytes(0), "0 B");
   EXPECT_EQ(FormatBytes(1023), "1023 B");

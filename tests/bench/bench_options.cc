@@ -18,7 +18,7 @@ using server::FlagSet;
 
 constexpr int64_t kMaxContext = 1 << 20;
 constexpr int64_t kMaxBatch = 256;
-constexpr int64_t kMaxRows = 8192;
+constexpr int64_t kMaxRows = 32768;
 
 absl::Status ParseIntegers(absl::string_view text, int64_t min, int64_t max,
                            std::vector<int32_t>* out) {
@@ -138,7 +138,7 @@ void AddFlags(Raw* raw, FlagSet* flags) {
              &o.shape);
   flags->Add("model", "PATH", "A Hugging Face directory or GGUF file in place of a shape.",
              &o.model);
-  flags->Add("device", "NAME", "What to run on: cpu.", &o.device);
+  flags->Add("device", "NAME", "What to run on: cpu or cuda:N (cpu).", &o.device);
   flags->Add("threads", "N", "Threads; 0 takes all cores given (0).", &raw->threads);
   flags->Add("target", "NAME", "Instruction sets up to AVX2, AVX3 (AVX-512) or AVX3_DL (all).",
              &o.target);

@@ -75,7 +75,7 @@ TEST(BenchOptionsTest, WrongValuesAreRefusedByFlagAndWithWhatWasExpected) {
       {{"--mode", "dense,fast"}, {"--mode", "fast", "rectified"}},
       {{"--mode", "none"}, {"--mode", "--prefill"}},
       {{"--prefill", "512@"}, {"--prefill"}},
-      {{"--prefill", "9000"}, {"--prefill", "8192"}},
+      {{"--prefill", "33000"}, {"--prefill", "32768"}},
       {{"--selector", "quest"}, {"--selector", "quest", "minmax"}},
       {{"--selector", "minmax", "--planes", "2"}, {"--selector minmax", "--planes"}},
       {{"--block", "32"}, {"--block", "4, 8 and 16"}},

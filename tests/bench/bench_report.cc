@@ -72,8 +72,9 @@ void AppendRun(const BenchReport& report, const RunResult& r, std::string* out) 
   absl::StrAppendFormat(out, "\n%s: %.4f ms a step [p10 %.4f, p90 %.4f], %.1f tokens/s\n",
                         r.spec.Name(), w.median * 1e3, w.p10 * 1e3, w.p90 * 1e3,
                         w.tokens_per_second);
-  absl::StrAppendFormat(out, "  %-16s %10s %7s %8s %9s %8s\n", "stage", "ms", "share", "GB/s",
-                        "GFLOP/s", "ceiling");
+  const bool apart = !r.stage_records.empty();
+  absl::StrAppendFormat(out, "  %-16s %10s %7s %8s %9s %8s\n", apart ? "stage, alone" : "stage",
+                        "ms", "share", "GB/s", "GFLOP/s", "ceiling");
   for (int i = 0; i < kNumStages; ++i) {
     const StageTotals& stage = w.stages[static_cast<size_t>(i)];
     if (stage.calls == 0) continue;
@@ -86,8 +87,10 @@ void AppendRun(const BenchReport& report, const RunResult& r, std::string* out) 
       out);
   AppendSubtotal("= attention", w, {Stage::kSelect, Stage::kSparseAttend, Stage::kChunkAttend},
                  out);
-  absl::StrAppendFormat(out, "  %-16s %10.4f %6.1f%%\n", "between ops", w.seconds_between_ops * 1e3,
-                        100 * w.seconds_between_ops / w.median);
+  if (!apart) {
+    absl::StrAppendFormat(out, "  %-16s %10.4f %6.1f%%\n", "between ops",
+                          w.seconds_between_ops * 1e3, 100 * w.seconds_between_ops / w.median);
+  }
   out->append(Columns("whole step", w.median, w.median, w.bytes, w.flops, w.seconds_at_ceiling));
   AppendPart("steps without", r.plain, out);
   AppendPart("steps with window", r.windows, out);
@@ -100,6 +103,10 @@ void AppendRun(const BenchReport& report, const RunResult& r, std::string* out) 
                         r.steps, r.rows, r.tokens, c.dense_rows / layers, c.sparse_rows / layers,
                         c.sparse_blocks_read / layers, c.descriptor_bytes / layers,
                         r.rectifications, r.rectified_rows);
+  if (c.steps_recorded + c.steps_replayed > 0) {
+    absl::StrAppendFormat(out, "  of the steps %d were replayed from a recording, %d recorded\n",
+                          c.steps_replayed, c.steps_recorded);
+  }
 }
 
 void AppendSummary(const BenchReport& report, std::string* out) {
@@ -156,7 +163,9 @@ Json JsonOfCounters(const RunResult& r) {
           {"sparse_rows", c.sparse_rows},
           {"sparse_blocks_read", c.sparse_blocks_read},
           {"blocks_scored", c.blocks_scored},
-          {"descriptor_bytes", c.descriptor_bytes}};
+          {"descriptor_bytes", c.descriptor_bytes},
+          {"steps_recorded", c.steps_recorded},
+          {"steps_replayed", c.steps_replayed}};
 }
 
 Json JsonOfRun(const RunResult& r) {

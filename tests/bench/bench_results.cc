@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/check.h"
@@ -38,12 +39,18 @@ std::vector<double> UnitSums(absl::Span<const StepRecord> records, int32_t unit_
   return sums;
 }
 
-// Median over rounds of (b's value / a's), each per token.
-double PairedRatio(const RunResult& a, const RunResult& b,
+// The records that have the times of stages.
+const std::vector<StepRecord>& StagesOf(const RunResult& run) {
+  return run.stage_records.empty() ? run.records : run.stage_records;
+}
+
+// Median over rounds of (b's value / a's), each per token. Of what is timed apart a few rounds are
+// enough.
+double PairedRatio(const RunResult& a, const RunResult& b, bool of_stages,
                    const std::function<double(const StepRecord&)>& value) {
   const int32_t unit = std::max(a.round_steps, b.round_steps);
-  const std::vector<double> of_a = UnitSums(a.records, unit, value);
-  const std::vector<double> of_b = UnitSums(b.records, unit, value);
+  const std::vector<double> of_a = UnitSums(of_stages ? StagesOf(a) : a.records, unit, value);
+  const std::vector<double> of_b = UnitSums(of_stages ? StagesOf(b) : b.records, unit, value);
   RESA_CHECK_EQ(of_a.size(), of_b.size());
   const double tokens_a = a.records[0].tokens, tokens_b = b.records[0].tokens;
   std::vector<double> ratios;
@@ -103,15 +110,40 @@ Summary Summarise(absl::Span<const StepRecord> records, int32_t unit_steps) {
   return s;
 }
 
+namespace {
+
+bool HasWindow(const StepRecord& record) { return record.windows > 0; }
+
+std::vector<StepRecord> Those(absl::Span<const StepRecord> records, bool with_window) {
+  std::vector<StepRecord> those;
+  std::copy_if(records.begin(), records.end(), std::back_inserter(those),
+               [&](const StepRecord& r) { return HasWindow(r) == with_window; });
+  return those;
+}
+
+// With the stages' times from `apart`, where there are any.
+Summary SummariseWith(absl::Span<const StepRecord> records, absl::Span<const StepRecord> apart,
+                      int32_t unit_steps) {
+  Summary summary = Summarise(records, unit_steps);
+  if (apart.empty()) return summary;
+  const Summary timed = Summarise(apart, unit_steps);
+  for (size_t i = 0; i < summary.stages.size(); ++i) {
+    summary.stages[i].seconds = timed.stages[i].seconds;
+  }
+  summary.seconds_between_ops = 0;
+  return summary;
+}
+
+}  // namespace
+
 RunResult ResultOf(const BenchRun& run) {
   RunResult result;
   result.spec = run.spec();
   result.round_steps = run.round_steps();
   result.records = run.records();
-  result.whole = Summarise(result.records, result.round_steps);
-  std::vector<StepRecord> plain, windows;
+  result.stage_records = run.stage_records();
+  result.whole = SummariseWith(result.records, result.stage_records, result.round_steps);
   for (const StepRecord& r : result.records) {
-    (r.windows > 0 ? windows : plain).push_back(r);
     result.steps += 1;
     result.rows += r.rows;
     result.tokens += r.tokens;
@@ -119,9 +151,11 @@ RunResult ResultOf(const BenchRun& run) {
     result.rectified_rows += r.rectified_rows;
     result.counters = AddScaled(result.counters, r.counters, 1);
   }
+  const std::vector<StepRecord> plain = Those(result.records, false);
+  const std::vector<StepRecord> windows = Those(result.records, true);
   if (!plain.empty() && !windows.empty()) {
-    result.plain = Summarise(plain, 1);
-    result.windows = Summarise(windows, 1);
+    result.plain = SummariseWith(plain, Those(result.stage_records, false), 1);
+    result.windows = SummariseWith(windows, Those(result.stage_records, true), 1);
   }
   return result;
 }
@@ -134,10 +168,10 @@ std::vector<Ratio> RatiosOf(absl::Span<const RunResult> results) {
       if (SameSetting(spec, b.spec) && b.spec.mode == AttentionMode::kDense &&
           spec.mode != AttentionMode::kDense) {
         const std::string where = absl::StrCat(", ", spec.context, " x ", spec.batch);
-        ratios.push_back(
-            {absl::StrCat(NameOf(spec.mode), " / dense", where), PairedRatio(a, b, SecondsOf)});
+        ratios.push_back({absl::StrCat(NameOf(spec.mode), " / dense", where),
+                          PairedRatio(a, b, false, SecondsOf)});
         ratios.push_back({absl::StrCat(NameOf(spec.mode), " / dense, attention alone", where),
-                          PairedRatio(a, b, AttentionOf)});
+                          PairedRatio(a, b, true, AttentionOf)});
       }
       if (SameButBatch(spec, b.spec) && b.spec.batch < spec.batch &&
           std::none_of(results.begin(), results.end(), [&](const RunResult& c) {
@@ -145,7 +179,7 @@ std::vector<Ratio> RatiosOf(absl::Span<const RunResult> results) {
           })) {
         ratios.push_back({absl::StrCat("batch ", spec.batch, " / batch ", b.spec.batch, ", ",
                                        NameOf(spec.mode), ", ", spec.context),
-                          PairedRatio(a, b, SecondsOf)});
+                          PairedRatio(a, b, false, SecondsOf)});
       }
     }
   }

@@ -40,6 +40,9 @@ struct RunResult {
   RunSpec spec;
   int32_t round_steps = 1;
   std::vector<StepRecord> records;
+  // Where stages are timed apart: the steps that they were timed in. Their sum is then no part of
+  // a step's time, since on a device an op need not wait for the one before to be over.
+  std::vector<StepRecord> stage_records;
   Summary whole;  // Units are rounds.
   // Where some steps rectify and others do not: each alone. Else without units.
   Summary plain, windows;

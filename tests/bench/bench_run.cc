@@ -43,6 +43,8 @@ kernels::OpCounters AddScaled(const kernels::OpCounters& a, const kernels::OpCou
   sum.sparse_blocks_read += factor * b.sparse_blocks_read;
   sum.blocks_scored += factor * b.blocks_scored;
   sum.descriptor_bytes += factor * b.descriptor_bytes;
+  sum.steps_recorded += factor * b.steps_recorded;
+  sum.steps_replayed += factor * b.steps_replayed;
   return sum;
 }
 
@@ -90,6 +92,12 @@ int32_t BenchRun::round_steps() const {
 void BenchRun::Reset() {
   next_step_ = 0;
   records_.clear();
+}
+
+void BenchRun::KeepStages() {
+  stage_records_ = records_;
+  TimeStages(false);
+  Reset();
 }
 
 // To the start of a round, in the state that a sequence has after hours of decoding: everything up
@@ -160,22 +168,40 @@ absl::Status BenchRun::Step() {
   return absl::OkStatus();
 }
 
-absl::Status MeasureRuns(const std::vector<std::unique_ptr<BenchRun>>& runs, double seconds) {
-  constexpr size_t kWarmUpSteps = 2, kMinSteps = 3;
-  for (size_t i = 0; i < kWarmUpSteps; ++i) {
+namespace {
+
+absl::Status StepAll(const std::vector<std::unique_ptr<BenchRun>>& runs, size_t steps) {
+  for (size_t i = 0; i < steps; ++i) {
     for (const auto& run : runs) RESA_RETURN_IF_ERROR(run->Step());
   }
-  int32_t round = 1;
-  for (const auto& run : runs) {
-    run->Reset();
-    round = std::max(round, run->round_steps());
+  return absl::OkStatus();
+}
+
+void ResetAll(const std::vector<std::unique_ptr<BenchRun>>& runs) {
+  for (const auto& run : runs) run->Reset();
+}
+
+}  // namespace
+
+absl::Status MeasureRuns(const std::vector<std::unique_ptr<BenchRun>>& runs, double seconds,
+                         bool stages_apart) {
+  constexpr size_t kWarmUpSteps = 2, kMinSteps = 3;
+  size_t round = 1;
+  for (const auto& run : runs) round = std::max<size_t>(round, run->round_steps());
+  RESA_RETURN_IF_ERROR(StepAll(runs, kWarmUpSteps));
+  ResetAll(runs);
+  if (stages_apart) {
+    for (const auto& run : runs) run->TimeStages(true);
+    RESA_RETURN_IF_ERROR(StepAll(runs, (kMinSteps + round - 1) / round * round));
+    for (const auto& run : runs) run->KeepStages();
+    // A step of other counts is another recording: all of a round's.
+    RESA_RETURN_IF_ERROR(StepAll(runs, std::max(kWarmUpSteps, round)));
+    ResetAll(runs);
   }
   const Clock::time_point start = Clock::now();
-  size_t steps = 0;
-  while (SecondsSince(start) < seconds || steps < kMinSteps ||
-         steps % static_cast<size_t>(round) != 0) {
-    for (const auto& run : runs) RESA_RETURN_IF_ERROR(run->Step());
-    ++steps;
+  for (size_t steps = 0; SecondsSince(start) < seconds || steps < kMinSteps || steps % round != 0;
+       ++steps) {
+    RESA_RETURN_IF_ERROR(StepAll(runs, 1));
   }
   return absl::OkStatus();
 }

@@ -70,6 +70,13 @@ class BenchRun {
 
   const std::vector<StepRecord>& records() const { return records_; }
 
+  // A device's ops are slower when each is waited for. So there some steps are taken for the times
+  // of their stages alone: TimeStages(true) before them, KeepStages() after, which goes back to the
+  // first step and to steps that run as in service.
+  void TimeStages(bool on) { ops_.TimeStages(on); }
+  void KeepStages();
+  const std::vector<StepRecord>& stage_records() const { return stage_records_; }
+
  private:
   void Rewind(int32_t index);
   void AddSegment(int32_t index, StepRecord* record);
@@ -88,13 +95,15 @@ class BenchRun {
   std::vector<engine::Work> work_;
   std::vector<engine::SegmentInput> segments_;
   int32_t next_step_ = 0;  // Within the round of f steps.
-  std::vector<StepRecord> records_;
+  std::vector<StepRecord> records_, stage_records_;
 };
 
 // Steps the runs in turn, one step each, so that what disturbs the machine disturbs all of them
 // alike; until `seconds` have gone by, every run has at least 3 steps, and rounds are complete.
-// A few steps of each go before as warm-up.
-absl::Status MeasureRuns(const std::vector<std::unique_ptr<BenchRun>>& runs, double seconds);
+// A few steps of each go before as warm-up. `stages_apart`: stages are timed in rounds of their
+// own.
+absl::Status MeasureRuns(const std::vector<std::unique_ptr<BenchRun>>& runs, double seconds,
+                         bool stages_apart);
 
 }  // namespace resa::bench
 

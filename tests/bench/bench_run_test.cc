@@ -134,13 +134,35 @@ TEST_F(BenchRunTest, RunsTakeTurnsUntilRoundsAreComplete) {
        {AttentionMode::kDense, AttentionMode::kSparse, AttentionMode::kRectified}) {
     runs.push_back(MakeRun({.mode = mode, .context = 200}));
   }
-  ASSERT_TRUE(MeasureRuns(runs, 0).ok());
+  ASSERT_TRUE(MeasureRuns(runs, 0, /*stages_apart=*/false).ok());
   std::vector<RunResult> results;
   for (const auto& run : runs) {
     EXPECT_EQ(run->records().size(), static_cast<size_t>(kInterval));
     results.push_back(ResultOf(*run));
   }
   EXPECT_EQ(RatiosOf(results).size(), 4u);
+  for (const Ratio& ratio : RatiosOf(results)) EXPECT_GT(ratio.value, 0) << ratio.name;
+}
+
+// As for a device, where waiting for each op would make the steps slower.
+TEST_F(BenchRunTest, StagesTimedApartAreOfStepsOfTheirOwn) {
+  std::vector<std::unique_ptr<BenchRun>> runs;
+  for (const AttentionMode mode : {AttentionMode::kDense, AttentionMode::kRectified}) {
+    runs.push_back(MakeRun({.mode = mode, .context = 200}));
+  }
+  ASSERT_TRUE(MeasureRuns(runs, 0, /*stages_apart=*/true).ok());
+  std::vector<RunResult> results;
+  for (const auto& run : runs) {
+    EXPECT_EQ(run->records().size(), static_cast<size_t>(kInterval));
+    EXPECT_EQ(run->stage_records().size(), static_cast<size_t>(kInterval));
+    constexpr auto kAttend = static_cast<size_t>(Stage::kChunkAttend);
+    EXPECT_EQ(run->records()[0].stages[kAttend].seconds, 0);
+    EXPECT_EQ(run->records()[0].stages[kAttend].bytes,
+              run->stage_records()[0].stages[kAttend].bytes);
+    results.push_back(ResultOf(*run));
+    EXPECT_GT(results.back().whole.stages[static_cast<size_t>(Stage::kSample)].seconds, 0);
+    EXPECT_GT(results.back().whole.bytes, 0);
+  }
   for (const Ratio& ratio : RatiosOf(results)) EXPECT_GT(ratio.value, 0) << ratio.name;
 }
 

@@ -25,6 +25,9 @@ TEST(ShapeTest, AreThoseOfTheModelsAndCanBeServed) {
   EXPECT_EQ(half->num_heads, 14);
   EXPECT_EQ(half->num_kv_heads, 2);
   EXPECT_EQ(half->vocab_size, 151936);
+  const auto qwen3 = ConfigOfShape("qwen3-8b");
+  EXPECT_TRUE(qwen3->qk_norm);
+  EXPECT_FALSE(qwen3->tie_embeddings);
 }
 
 TEST(ShapeTest, CanBeCutToTheirFirstLayers) {

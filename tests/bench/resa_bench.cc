@@ -2,6 +2,7 @@
 //
 //   resa_bench --shape 0.5b --context 1024,32768 --batch 1,8 --mode dense,sparse,rectified
 //   resa_bench --model deploy/models/demo --prefill 512,512@7600 --json figures.json
+//   resa_bench --device cuda:0 --shape qwen2.5-7b --context 262144 --batch 8 --planes 2
 //
 // By hand, on a quiet machine. The machine's ceilings come first; then, for each context, all modes
 // and batches take their steps in turn; then the prefills. What ran is proved from the backend's
@@ -11,13 +12,17 @@
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "engine/activations.h"
 #include "engine/kv_pool.h"
 #include "engine/model_executor.h"
 #include "engine/model_files.h"
@@ -32,6 +37,10 @@
 #include "tests/bench/random_model.h"
 #include "tests/bench/synthetic_pool.h"
 #include "tests/bench/timed_ops.h"
+
+#if RESA_HAVE_CUDA
+#include "kernels/cuda/cuda_ops.h"
+#endif
 
 namespace resa::bench {
 namespace {
@@ -64,10 +73,29 @@ absl::Status ChooseTarget(const std::string& name) {
   return absl::OkStatus();
 }
 
+// "cuda:N", or "cuda" for the first.
+absl::StatusOr<Device> MakeGpu(absl::string_view name) {
+  int index = 0;
+  if (!absl::ConsumePrefix(&name, "cuda") ||
+      (!name.empty() && !(absl::ConsumePrefix(&name, ":") && absl::SimpleAtoi(name, &index)))) {
+    return absl::InvalidArgumentError("it is neither cpu nor cuda:N");
+  }
+#if RESA_HAVE_CUDA
+  std::string why_not;
+  std::unique_ptr<kernels::Ops> ops = kernels::CreateCudaOps({.device = index}, &why_not);
+  if (ops == nullptr) return absl::UnavailableError(why_not);
+  return Device{std::move(ops), /*runs_ahead=*/true};
+#else
+  return absl::UnavailableError("this was built without the CUDA backend");
+#endif
+}
+
 absl::StatusOr<Device> MakeDevice(const BenchOptions& options) {
   if (options.device != "cpu") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--device: \"", options.device, "\" is not cpu, the only one there is"));
+    absl::StatusOr<Device> device = MakeGpu(options.device);
+    if (device.ok()) return device;
+    return absl::Status(device.status().code(),
+                        absl::StrCat("--device ", options.device, ": ", device.status().message()));
   }
   if (!kernels::CpuSupported()) return absl::UnavailableError("this CPU lacks AVX2 and FMA");
   RESA_RETURN_IF_ERROR(ChooseTarget(options.target));
@@ -149,25 +177,41 @@ absl::StatusOr<engine::LoadedModel> MakeModel(const BenchOptions& options) {
   return MakeRandomModel(config, options.seed);
 }
 
-// A pool that the machine cannot hold would be killed for it half filled.
-absl::Status CheckMemory(const kernels::KvLayout& layout, const Needs& needs) {
+// A pool that the machine cannot hold would be killed for it half filled. A device has room for the
+// whole pool, the weights and the activations, or fails before anything is made.
+absl::Status CheckMemory(const BenchReport& report, const Needs& needs, kernels::Ops* ops) {
+  const kernels::KvLayout& layout = report.layout;
   int64_t pages = 0;
   for (const int64_t length : needs.lengths) {
     pages += engine::PagesFor(static_cast<int32_t>(length));
   }
-  const int64_t bytes = pages * static_cast<int64_t>(layout.PageBytes());
-  RESA_ASSIGN_OR_RETURN(const int64_t available, server::MemoryAvailable());
+  int64_t bytes = pages * static_cast<int64_t>(layout.PageBytes());
   std::fprintf(stderr, "filling %s of KV pool\n", server::FormatBytes(bytes).c_str());
+  std::string beside;
+  int64_t available = 0;
+  if (const std::optional<int64_t> free = ops->DeviceMemoryFree()) {
+    const auto activations = static_cast<int64_t>(engine::ActivationMemory::BytesNeeded(
+        report.config, needs.limits, engine::RaggedBatch::MaxBlockIds(needs.limits, layout),
+        ops->activation_dtype()));
+    const auto weights = static_cast<int64_t>(report.weight_bytes);
+    bytes = layout.num_pages * static_cast<int64_t>(layout.PageBytes()) + weights + activations;
+    beside = absl::StrCat(" with ", server::FormatBytes(weights), " of weights and ",
+                          server::FormatBytes(activations), " of activations");
+    available = *free;
+  } else {
+    RESA_ASSIGN_OR_RETURN(available, server::MemoryAvailable());
+  }
   if (bytes <= available) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat(
-      "the KV pool takes ", server::FormatBytes(bytes), " and ", server::FormatBytes(available),
+      "the KV pool", beside, " takes ", server::FormatBytes(bytes), " and ",
+      server::FormatBytes(available),
       " are to be had; shorten --context or --prefill, lower --batch, or cut the shape's layers"));
 }
 
 absl::Status MeasureGroup(const std::vector<std::unique_ptr<BenchRun>>& runs, double seconds,
-                          BenchReport* report) {
+                          bool stages_apart, BenchReport* report) {
   for (const auto& run : runs) std::fprintf(stderr, "measuring %s\n", run->spec().Name().c_str());
-  RESA_RETURN_IF_ERROR(MeasureRuns(runs, seconds));
+  RESA_RETURN_IF_ERROR(MeasureRuns(runs, seconds, stages_apart));
   std::vector<RunResult> results;
   for (const auto& run : runs) results.push_back(ResultOf(*run));
   for (Ratio& ratio : RatiosOf(results)) report->ratios.push_back(std::move(ratio));
@@ -189,7 +233,7 @@ absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
   const PageDeal deal(static_cast<int>(needs.lengths.size()), needs.tokens, options.seed);
   report.layout =
       engine::LayoutFor(model.config, options.selector, kernels::DType::kBF16, deal.num_pages());
-  RESA_RETURN_IF_ERROR(CheckMemory(report.layout, needs));
+  RESA_RETURN_IF_ERROR(CheckMemory(report, needs, device.ops.get()));
 
   report.ceilings = MeasureCeilings(device.ops.get());
   TimedOps timed(device.ops.get(), report.ceilings, device.runs_ahead);
@@ -206,7 +250,7 @@ absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
       runs.push_back(std::make_unique<BenchRun>(spec, options, model.config.vocab_size, deal,
                                                 &timed, executor.get()));
     }
-    RESA_RETURN_IF_ERROR(MeasureGroup(runs, options.seconds, &report));
+    RESA_RETURN_IF_ERROR(MeasureGroup(runs, options.seconds, device.runs_ahead, &report));
   }
   report.ceilings_at_end = MeasureCeilings(device.ops.get());
   return report;

@@ -19,8 +19,8 @@ using kernels::Buffer;
 using kernels::DType;
 using kernels::Matrix;
 
-constexpr int64_t kChunkTokens = 512;              // Written by one QkvPost.
-constexpr int64_t kBankTokens = 8 * kChunkTokens;  // Of which a chunk is any stretch.
+constexpr int64_t kChunkTokens = 2048;  // Written by one QkvPost.
+constexpr int64_t kBankTokens = 4096;   // Of which each token is one.
 
 // As the backend's activations are stored.
 std::vector<std::byte> Encode(const std::vector<float>& values, DType dtype) {
@@ -52,10 +52,11 @@ class PoolWriter {
   absl::Status Prepare() {
     const DType dtype = ops_.activation_dtype();
     const int64_t angles = kChunkTokens * config_.head_dim / 2;
-    k_bank_ = Encode(MakeBank(/*mean_scale=*/1.0f), dtype);
+    RESA_ASSIGN_OR_RETURN(k_bank_, ToBackend(MakeBank(/*mean_scale=*/1.0f), dtype, &ops_));
+    RESA_ASSIGN_OR_RETURN(v_bank_, ToBackend(MakeBank(/*mean_scale=*/0.0f), dtype, &ops_));
     RESA_ASSIGN_OR_RETURN(q_, ToBackend(Constant(kChunkTokens * config_.QDim(), 0), dtype, &ops_));
     RESA_ASSIGN_OR_RETURN(k_, ToBackend(Constant(kChunkTokens * width(), 0), dtype, &ops_));
-    RESA_ASSIGN_OR_RETURN(v_, ToBackend(MakeBank(/*mean_scale=*/0.0f), dtype, &ops_));
+    RESA_ASSIGN_OR_RETURN(v_, ToBackend(Constant(kChunkTokens * width(), 0), dtype, &ops_));
     // An angle of 0 everywhere: the bank's keys count as rotated already.
     RESA_ASSIGN_OR_RETURN(cos_, ToBackend(Constant(angles, 1), DType::kF32, &ops_));
     RESA_ASSIGN_OR_RETURN(sin_, ToBackend(Constant(angles, 0), DType::kF32, &ops_));
@@ -65,17 +66,17 @@ class PoolWriter {
   void Write(int layer, int sequence, int64_t begin, int64_t end) {
     const DType dtype = ops_.activation_dtype();
     const int64_t rows = end - begin;
-    const size_t row_bytes = static_cast<size_t>(width()) * kernels::BytesOf(dtype);
-    const auto stretch = [&] { return rng_() % (kBankTokens - kChunkTokens + 1) * row_bytes; };
-    // QkvPost clobbers K.
-    ops_.Upload(k_->data(), k_bank_.data() + stretch(), static_cast<size_t>(rows) * row_bytes);
+    const Matrix k = {k_->data(), dtype, rows, width()};
+    const Matrix v = {v_->data(), dtype, rows, width()};
+    Draw(*k_bank_, k);
+    Draw(*v_bank_, v);
     const kernels::KvRun run = {.row_begin = 0,
                                 .rows = static_cast<int32_t>(rows),
                                 .position = static_cast<int32_t>(begin),
                                 .table = sequence};
     ops_.QkvPost({.q = {q_->data(), dtype, rows, config_.QDim()},
-                  .k = {k_->data(), dtype, rows, width()},
-                  .v = {v_->data() + stretch(), dtype, rows, width()},
+                  .k = k,
+                  .v = v,
                   .cos = reinterpret_cast<const float*>(cos_->data()),
                   .sin = reinterpret_cast<const float*>(sin_->data()),
                   .runs = &run,
@@ -87,6 +88,13 @@ class PoolWriter {
 
  private:
   int64_t width() const { return config_.KvDim(); }
+
+  void Draw(Buffer& bank, const Matrix& out) {
+    drawn_.resize(static_cast<size_t>(out.rows));
+    for (int32_t& row : drawn_) row = static_cast<int32_t>(rng_() % kBankTokens);
+    ops_.GatherRows(
+        {.x = {bank.data(), out.dtype, kBankTokens, width()}, .rows = drawn_.data(), .out = out});
+  }
 
   static std::vector<float> Constant(int64_t count, float value) {
     return std::vector<float>(static_cast<size_t>(count), value);
@@ -106,8 +114,9 @@ class PoolWriter {
   const PageDeal& deal_;
   kernels::Ops& ops_;
   std::mt19937_64 rng_;
-  std::vector<std::byte> k_bank_;  // [kBankTokens, width]; V's is in the backend.
-  std::unique_ptr<Buffer> q_, k_, v_, cos_, sin_;
+  std::unique_ptr<Buffer> k_bank_, v_bank_;        // [kBankTokens, width]
+  std::unique_ptr<Buffer> q_, k_, v_, cos_, sin_;  // Of one chunk; QkvPost clobbers K.
+  std::vector<int32_t> drawn_;
 };
 
 }  // namespace

@@ -36,8 +36,9 @@ class PageDeal {
 
 // Writes K and V at positions [0, lengths[s]) of each sequence s, in every layer, and lets the
 // backend's own QkvPost make the descriptors from them, so that selection does honest work. Keys
-// are normal around a mean of each component's own, values are normal; both are cut from a short
-// bank and repeat. RESOURCE_EXHAUSTED when the backend has no room for the bank.
+// are normal around a mean of each component's own, values are normal; both are drawn token by
+// token from a short bank that lies with the backend, and repeat, though hardly ever a block.
+// RESOURCE_EXHAUSTED when the backend has no room for the bank.
 absl::Status FillPool(const engine::ModelConfig& config, const engine::KvMemory& memory,
                       const PageDeal& deal, absl::Span<const int64_t> lengths, uint64_t seed,
                       kernels::Ops* ops);

@@ -53,7 +53,8 @@ using Stages = std::array<StageTotals, kNumStages>;
 class TimedOps : public kernels::Ops {
  public:
   // `inner` must outlive it and does the work; its counters count too. `runs_ahead`: it may return
-  // before an op is done; each is then waited for, so that its time is its own.
+  // before an op is done; each is then waited for, so that its time is its own, less what waiting
+  // for nothing takes.
   TimedOps(kernels::Ops* inner, const kernels::Ceilings& ceilings, bool runs_ahead);
 
   // Books Linear with the weight at `host`, as it will be given to ImportWeights, under `stage`.
@@ -88,6 +89,7 @@ class TimedOps : public kernels::Ops {
   void Book(Stage stage, const kernels::Roofline& roofline, const Run& run);
   void Add(Stage stage, double seconds, const kernels::Roofline& roofline);
   double Timed(const auto& run);
+  void Wait();
 
   void DoEmbed(const kernels::EmbedParams& p) override;
   void DoRmsNorm(const kernels::RmsNormParams& p) override;
@@ -108,6 +110,7 @@ class TimedOps : public kernels::Ops {
   kernels::Ops& inner_;
   const kernels::Ceilings ceilings_;
   const std::unique_ptr<kernels::Buffer> fence_;  // Null unless the backend runs ahead.
+  const double seconds_to_wait_;                  // When nothing is left to be done.
 
   absl::flat_hash_map<const std::byte*, Stage> stage_of_host_;
   absl::flat_hash_map<const void*, Stage> stage_of_weight_;  // By the backend's address.

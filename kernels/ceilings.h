@@ -11,8 +11,10 @@ namespace resa::kernels {
 struct Ceilings {
   // Bytes per second read from memory in streams, nothing written, caches of no help.
   double read_bytes_per_s = 0;
-  // Floating-point operations per second of independent multiply-adds in registers, each counted
-  // as two: f32 at the widest vectors that the backend's kernels were dispatched to.
+  // Floating-point operations per second, a multiply-add counted as two. Of a CPU: independent ones
+  // in registers, f32 at the widest vectors that the backend's kernels were dispatched to. Of a
+  // device with matrix units: a large bf16 product with f32 sums by the vendor's library, on random
+  // values, so the share of it that a kernel reaches can pass 100 % by a little.
   double flops_per_s = 0;
 };
 

@@ -36,9 +36,11 @@ if(NOT RESA_CUDA STREQUAL "OFF")
   if(CMAKE_CUDA_COMPILER)
     # The one generation there are kernels for; "a" is for its own matrix instructions.
     set(CMAKE_CUDA_ARCHITECTURES 90a-real)
-    set(CMAKE_CUDA_STANDARD 20)
-    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # Debian 12's CMake knows no C++20 for CUDA.
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
     find_package(CUDAToolkit 12.4 REQUIRED)
     set(RESA_HAVE_CUDA ON)
   elseif(RESA_CUDA STREQUAL "ON")

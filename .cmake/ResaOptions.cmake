@@ -53,7 +53,7 @@ function(resa_cuda_library name)
   target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
   target_compile_options(${name} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:${RESA_WARNINGS}>
-    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Werror=all-warnings
+    $<$<COMPILE_LANGUAGE:CUDA>:-O3 -lineinfo --expt-relaxed-constexpr -Werror=all-warnings
       -Xcompiler=-Wall,-Wextra>)
   target_link_libraries(${name} PUBLIC ${ARG_DEPS} CUDA::cudart_static)
   # Definitions for those who choose a backend at run time.

@@ -329,9 +329,9 @@ struct StepLists {
   int64_t num_sparse_rows = 0;
   const DenseChunk* chunks = nullptr;
   int64_t num_chunks = 0;
-  PageTables tables;
+  PageTables tables = {};
   int64_t num_tables = 0;  // S
-  KvLayout layout;
+  KvLayout layout = {};
   const int32_t* sampled_rows = nullptr;  // [R]
   const SampleRow* samples = nullptr;     // [R]
   int64_t num_samples = 0;                // R

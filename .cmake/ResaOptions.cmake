@@ -3,6 +3,7 @@
 option(RESA_BUILD_TESTS "Build the test suite" ON)
 option(RESA_BUILD_FUZZERS "Build the libFuzzer targets (needs clang)" OFF)
 set(RESA_SANITIZE "" CACHE STRING "Sanitizers to build with: address,undefined or thread")
+option(RESA_ONEDNN "Use a CPU's bf16 instructions through oneDNN (x86-64)" ON)
 set(RESA_CUDA "auto" CACHE STRING "Build the CUDA backend: auto (when a toolkit is found), ON or OFF")
 
 set(CMAKE_CXX_STANDARD 20)

@@ -2,185 +2,516 @@
 //
 //   out[r, h] = sum_t softmax_t(q[r, h] . k[t, h / G] / sqrt(d)) v[t, h / G],  t <= position of r
 //
-// q, out [T, Hq * d] bf16; K and V [page][Hk][16][d] bf16. A CTA of 8 warps owns 128 packed rows
-// (row p / G, head p % G) of one KV head over a range of keys; a warp 16 of them. Bound: the tensor
-// cores, 4 * d FLOP per row, head and key.
+// q, out [T, Hq * d] bf16; K and V [page][Hk][16][d] bf16. A piece of work is 128 packed rows
+// (packed row p is row p / G, head p % G of the KV head's group) over a range of keys; CTAs stay
+// and take the next piece when they are done. Bound: the tensor cores, 4 * d FLOP per row, head and
+// key; 224 packed rows of a rectification window fill its two tiles to 87.5 %.
+//
+// A CTA is three warpgroups. The first feeds: warp 0 takes pieces and copies K and V, one box per
+// page and 64 of d, into a ring of three stages each; its other warps gather the queries of the
+// next piece. The other two own 64 packed rows each: S = Q K^T by wgmma from shared memory, softmax
+// in registers, O += P V with P in registers. While a warpgroup's tensor products of the next S and
+// of this O run, the other one takes exponentials; named barriers keep them in turn.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "kernels/cuda/chunk_plan.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/wgmma.cuh"
 
 namespace resa::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTileKeys = 64;
+constexpr int kTileRows = kChunkTileRows;
+constexpr int kTileKeys = kChunkTileKeys;
+constexpr int kTilePages = kTileKeys / kPageTokens;
+constexpr int kStages = 3;
+constexpr int kQuerySlots = 1;
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;
+constexpr int kConsumerWarps = kConsumers * 4;
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kQueryThreads = 96;  // The feeding warpgroup less the warp that copies K and V.
+constexpr int kFeedRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+// Named barriers: 1 + w lets warpgroup w issue products, 1 + kConsumers + w is its own.
+constexpr int kTurnBarrier = 1;
+constexpr int kOwnBarrier = kTurnBarrier + kConsumers;
+// Width of a tile's columns in shared memory, in elements: 128 bytes.
+constexpr int kColumn = 64;
+constexpr int kColumnRowBytes = kColumn * 2;
+constexpr int kAtomBytes = 8 * kColumnRowBytes;
 
 struct AttendArgs {
+  CUtensorMap k;  // [pages * Hk * 16, d] in boxes of 16 x 64
+  CUtensorMap v;
   const __nv_bfloat16* q = nullptr;
   __nv_bfloat16* out = nullptr;
-  const __nv_bfloat16* k = nullptr;
-  const __nv_bfloat16* v = nullptr;
   const int32_t* pages = nullptr;
   int64_t page_stride = 0;
   const ChunkWork* work = nullptr;
-  float* partials = nullptr;     // [partials * Hk][128][d]
-  float2* partial_ml = nullptr;  // [partials * Hk][128]
+  uint32_t* next_work = nullptr;  // Pieces taken beyond each CTA's first, and CTAs that are done.
+  float* partials = nullptr;      // [partials * Hk][128][d]
+  float2* partial_ml = nullptr;   // [partials * Hk][128]: maximum in powers of two, sum
+  int pieces = 0;                 // Works times KV heads.
   int group = 0;
   int kv_heads = 0;
   float scale_log2 = 0;  // log2(e) / sqrt(d)
 };
 
-__device__ __forceinline__ void Mma16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-template <int kHeadDim>
-struct Shared {
-  __nv_bfloat16 k[kTileKeys][kHeadDim + 8];
-  __nv_bfloat16 v[kTileKeys][kHeadDim + 8];
+struct Piece {
+  ChunkWork work;  // key_end 0: there is none left.
+  int32_t head = 0;
 };
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads) ChunkAttendKernel(const AttendArgs args) {
-  __shared__ Shared<kHeadDim> shared;
-  const ChunkWork work = args.work[blockIdx.x];
-  const int head = blockIdx.y;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int q_stride = args.kv_heads * args.group * kHeadDim;
-  constexpr int kDimSteps = kHeadDim / 16;
+struct AttendShared {
+  static constexpr int kColumns = kHeadDim / kColumn;
+  __nv_bfloat16 q[kQuerySlots][kColumns][kTileRows][kColumn];
+  __nv_bfloat16 k[kStages][kColumns][kTileKeys][kColumn];
+  __nv_bfloat16 v[kStages][kColumns][kTileKeys][kColumn];
+  Piece piece[kQuerySlots];
+  uint64_t piece_full[kQuerySlots];
+  uint64_t query_full[kQuerySlots];
+  uint64_t query_empty[kQuerySlots];
+  uint64_t k_full[kStages];
+  uint64_t k_empty[kStages];
+  uint64_t v_full[kStages];
+  uint64_t v_empty[kStages];
+};
 
-  // The two rows of this thread.
-  int row[2], own[2];
-  int64_t offset[2];
-  for (int i = 0; i < 2; ++i) {
-    row[i] = warp * 16 + lane / 4 + 8 * i;
-    const int packed = min(work.packed_begin + row[i], work.packed_end - 1);
-    const int r = packed / args.group;
-    own[i] = work.position + r;
-    offset[i] = static_cast<int64_t>(work.row_begin + r) * q_stride +
-                (head * args.group + packed % args.group) * kHeadDim;
-  }
-  uint32_t q[kDimSteps][4];
-  for (int s = 0; s < kDimSteps; ++s) {
-    for (int i = 0; i < 4; ++i) {
-      q[s][i] = *reinterpret_cast<const uint32_t*>(args.q + offset[i % 2] + s * 16 + i / 2 * 8 +
-                                                   lane % 4 * 2);
-    }
-  }
-  float o[kHeadDim / 8][4] = {};
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
-  for (int key0 = work.key_begin; key0 < work.key_end; key0 += kTileKeys) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < kTileKeys * kHeadDim / 8; i += kThreads) {
-      const int t = i / (kHeadDim / 8), c = i % (kHeadDim / 8) * 8;
-      uint4 kv = {}, vv = {};
-      if (key0 + t < work.key_end) {
-        const int64_t page = args.pages[work.table * args.page_stride + (key0 + t) / kPageTokens];
-        const int64_t at =
-            ((page * args.kv_heads + head) * kPageTokens + (key0 + t) % kPageTokens) * kHeadDim + c;
-        kv = *reinterpret_cast<const uint4*>(args.k + at);
-        vv = *reinterpret_cast<const uint4*>(args.v + at);
-      }
-      *reinterpret_cast<uint4*>(&shared.k[t][c]) = kv;
-      *reinterpret_cast<uint4*>(&shared.v[t][c]) = vv;
-    }
-    __syncthreads();
-    float s[kTileKeys / 8][4] = {};
+// Where a ring of `kSlots` stands at its use number `use`.
+template <int kSlots>
+struct Turn {
+  __device__ __forceinline__ explicit Turn(int use)
+      : slot(use % kSlots), parity(static_cast<uint32_t>(use / kSlots) & 1) {}
+  int slot;
+  uint32_t parity;
+};
+
+// ---- feeding ----------------------------------------------------------------------------------
+
+// Copies the tile of the pages in `page_row` (lane i has the first row of page i; the first `count`
+// exist) once the stage is free.
+template <int kHeadDim>
+__device__ __forceinline__ void FeedTile(
+    __nv_bfloat16 (&to)[kHeadDim / kColumn][kTileKeys][kColumn], const CUtensorMap* map,
+    int page_row, int count, uint64_t* full, uint64_t* empty, uint32_t parity) {
+  BarrierWait(empty, parity ^ 1);
+  if (threadIdx.x == 0) BarrierArriveExpect(full, count * kPageTokens * kHeadDim * 2);
+  __syncwarp();
+  const int page = threadIdx.x;
+  if (page >= count) return;
 #pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-#pragma unroll
-      for (int step = 0; step < kDimSteps; ++step) {
-        const __nv_bfloat16* b = &shared.k[n * 8 + lane / 4][step * 16 + lane % 4 * 2];
-        Mma16816(s[n], q[step], *reinterpret_cast<const uint32_t*>(b),
-                 *reinterpret_cast<const uint32_t*>(b + 8));
-      }
+  for (int column = 0; column < kHeadDim / kColumn; ++column) {
+    CopyBox2(&to[column][page * kPageTokens], map, column * kColumn, page_row, full);
+  }
+}
+
+// Warp 0: takes pieces of work and keeps the rings of K and V full.
+template <int kHeadDim>
+__device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
+  const int lane = threadIdx.x;
+  int tile = 0;
+  int next = blockIdx.x;
+  for (int use = 0;; ++use) {
+    const Turn<kQuerySlots> turn(use);
+    Piece piece;
+    if (next < args.pieces) {
+      piece.work = args.work[next / args.kv_heads];
+      piece.head = next % args.kv_heads;
     }
+    BarrierWait(&shared.query_empty[turn.slot], turn.parity ^ 1);
+    if (lane == 0) {
+      shared.piece[turn.slot] = piece;
+      BarrierArrive(&shared.piece_full[turn.slot]);
+    }
+    if (piece.work.key_end == 0) break;
+    const int32_t* pages = args.pages + piece.work.table * args.page_stride;
+    const int page_end = (piece.work.key_end + kPageTokens - 1) / kPageTokens;
+    // Lane i looks up the tile's page i, one tile ahead of the copies.
+    int page = piece.work.key_begin / kPageTokens + lane;
+    int id = lane < kTilePages && page < page_end ? pages[page] : 0;
+    for (int key = piece.work.key_begin; key < piece.work.key_end; key += kTileKeys, ++tile) {
+      const int row = (id * args.kv_heads + piece.head) * kPageTokens;
+      const int count = min(kTilePages, page_end - key / kPageTokens);
+      page += kTilePages;
+      id = lane < kTilePages && page < page_end ? pages[page] : 0;
+      const Turn<kStages> stage(tile);
+      FeedTile<kHeadDim>(shared.k[stage.slot], &args.k, row, count, &shared.k_full[stage.slot],
+                         &shared.k_empty[stage.slot], stage.parity);
+      FeedTile<kHeadDim>(shared.v[stage.slot], &args.v, row, count, &shared.v_full[stage.slot],
+                         &shared.v_empty[stage.slot], stage.parity);
+    }
+    if (lane == 0) next = gridDim.x + atomicAdd(args.next_work, 1u);
+    next = __shfl_sync(~0u, next, 0);
+  }
+  if (lane != 0) return;
+  // The last CTA to find nothing leaves the counters at zero.
+  __threadfence();
+  if (atomicAdd(args.next_work + 1, 1u) == gridDim.x - 1) {
+    args.next_work[0] = 0;
+    args.next_work[1] = 0;
+  }
+}
+
+// Warps 1 to 3: gather the packed rows of each piece's queries, swizzled as wgmma wants them.
+template <int kHeadDim>
+__device__ void FeedQueries(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
+  constexpr int kUnits = kHeadDim / 8;  // Of 16 bytes.
+  for (int use = 0;; ++use) {
+    const Turn<kQuerySlots> turn(use);
+    BarrierWait(&shared.piece_full[turn.slot], turn.parity);
+    const ChunkWork work = shared.piece[turn.slot].work;
+    const int head = shared.piece[turn.slot].head;
+    if (work.key_end == 0) {
+      BarrierArrive(&shared.query_full[turn.slot]);
+      return;
+    }
+    for (int i = threadIdx.x - 32; i < kTileRows * kUnits; i += kQueryThreads) {
+      const int row = i / kUnits;
+      const int unit = i % kUnits;
+      const int packed = min(work.packed_begin + row, work.packed_end - 1);
+      const int r = packed / args.group;
+      const int64_t from =
+          (static_cast<int64_t>(work.row_begin + r) * args.kv_heads + head) * args.group + packed -
+          r * args.group;
+      CopyAsync16(&shared.q[turn.slot][unit / 8][row][((unit % 8) ^ (row % 8)) * 8],
+                  args.q + from * kHeadDim + unit * 8);
+    }
+    CopyAsyncWait();
+    ProxyFence();
+    BarrierArrive(&shared.query_full[turn.slot]);
+  }
+}
+
+// ---- the products and the softmax -------------------------------------------------------------
+
+// s = Q K^T for 64 rows and a tile of keys, begun.
+template <int kHeadDim>
+__device__ __forceinline__ void BeginScores(float (&s)[kTileKeys / 2], uint64_t q, uint64_t k) {
+  WgmmaFence();
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const int column = step / 4;
+    const int inside = step % 4 * 32;
+    Wgmma(s, AdvanceOperand(q, column * kTileRows * kColumnRowBytes + inside),
+          AdvanceOperand(k, column * kTileKeys * kColumnRowBytes + inside), step > 0);
+  }
+  WgmmaCommit();
+}
+
+// o += P V, begun.
+template <int kHeadDim>
+__device__ __forceinline__ void BeginOutput(float (&o)[kHeadDim / 2],
+                                            const uint32_t (&p)[kTileKeys / 16][4], uint64_t v) {
+  WgmmaFence();
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+    WgmmaBt(o, p[step], AdvanceOperand(v, step * 16 * kColumnRowBytes), true);
+  }
+  WgmmaCommit();
+}
+
+// The running softmax of a thread's two rows: maximum, and the sum of its own columns.
+struct Softmax {
+  float m[2] = {-INFINITY, -INFINITY};
+  float l[2] = {0, 0};
+
+  // s becomes exp2(scale (s - maximum)). `shrink` is what sums of the earlier tiles are to be
+  // multiplied by; exactly 1 when the maximum stays, so that tiles which are masked for a row
+  // leave its bits alone.
+  __device__ __forceinline__ void Take(float (&s)[kTileKeys / 2], float scale, float (&shrink)[2]) {
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       float top = m[i];
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
-        for (int j = 0; j < 2; ++j) {
-          float& x = s[n][i * 2 + j];
-          const int key = key0 + n * 8 + lane % 4 * 2 + j;
-          x = key <= own[i] && key < work.key_end ? x * args.scale_log2 : -INFINITY;
-          top = fmaxf(top, x);
-        }
+        top = fmaxf(top, fmaxf(s[4 * n + 2 * i], s[4 * n + 2 * i + 1]));
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float base = top == -INFINITY ? 0.0f : top;
-      const float shrink = exp2f(m[i] - base);
+      const float base = top == -INFINITY ? 0.0f : __fmul_rn(top, scale);
+      shrink[i] = Exp2(__fsub_rn(__fmul_rn(m[i], scale), base));
       m[i] = top;
-      float sum = 0;
+      float sum[2] = {0, 0};
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
         for (int j = 0; j < 2; ++j) {
-          s[n][i * 2 + j] = exp2f(s[n][i * 2 + j] - base);
-          sum += s[n][i * 2 + j];
+          float& x = s[4 * n + 2 * i + j];
+          x = Exp2(fmaf(x, scale, -base));
+          sum[j] += x;
         }
       }
-      l[i] = l[i] * shrink + sum;
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 8; ++c) {
-        o[c][i * 2] *= shrink;
-        o[c][i * 2 + 1] *= shrink;
-      }
-    }
-#pragma unroll
-    for (int step = 0; step < kTileKeys / 16; ++step) {
-      const uint32_t p[4] = {Pack(s[2 * step][0], s[2 * step][1]),
-                             Pack(s[2 * step][2], s[2 * step][3]),
-                             Pack(s[2 * step + 1][0], s[2 * step + 1][1]),
-                             Pack(s[2 * step + 1][2], s[2 * step + 1][3])};
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 8; ++c) {
-        uint32_t b0, b1;
-        const uint32_t at = static_cast<uint32_t>(
-            __cvta_generic_to_shared(&shared.v[step * 16 + lane % 16][c * 8]));
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(b0), "=r"(b1)
-                     : "r"(at));
-        Mma16816(o[c], p, b0, b1);
-      }
+      l[i] = fmaf(l[i], shrink[i], sum[0] + sum[1]);
     }
   }
-  for (int i = 0; i < 2; ++i) {
-    l[i] += __shfl_xor_sync(~0u, l[i], 1);
-    l[i] += __shfl_xor_sync(~0u, l[i], 2);
-    if (work.packed_begin + row[i] >= work.packed_end) continue;
-    if (work.partial < 0) {
-      const float inverse = 1.0f / l[i];
-      for (int c = 0; c < kHeadDim / 8; ++c) {
-        *reinterpret_cast<uint32_t*>(args.out + offset[i] + c * 8 + lane % 4 * 2) =
-            Pack(o[c][i * 2] * inverse, o[c][i * 2 + 1] * inverse);
-      }
-    } else {
-      const int64_t slot = static_cast<int64_t>(work.partial) * args.kv_heads + head;
-      const int64_t at = slot * kChunkTileRows + row[i];
-      for (int c = 0; c < kHeadDim / 8; ++c) {
-        *reinterpret_cast<float2*>(args.partials + at * kHeadDim + c * 8 + lane % 4 * 2) =
-            make_float2(o[c][i * 2], o[c][i * 2 + 1]);
-      }
-      if (lane % 4 == 0) args.partial_ml[at] = make_float2(m[i], l[i]);
+};
+
+// Without it the compiler moves the wait for O += P V up, before the exponentials that are to be
+// taken while it runs: a branch that needs their sums holds it back. It is never taken.
+__device__ __forceinline__ void KeepOverlap(const Softmax& softmax) {
+  if (softmax.l[0] + softmax.l[1] < 0) __nanosleep(0);
+}
+
+// Keys past a row's own position count for nothing, whatever the products gave: columns after
+// `limit` of the tile (own position less the tile's first key) become -infinity.
+__device__ __forceinline__ void Mask(float (&s)[kTileKeys / 2], const int (&limit)[2]) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (8 * n + i % 2 + column > limit[i / 2]) s[4 * n + i] = -INFINITY;
     }
   }
 }
+
+__device__ __forceinline__ void PackWeights(const float (&s)[kTileKeys / 2],
+                                            uint32_t (&p)[kTileKeys / 16][4]) {
+#pragma unroll
+  for (int i = 0; i < kTileKeys / 4; ++i) p[i / 4][i % 4] = PackBf16(s[2 * i], s[2 * i + 1]);
+}
+
+// Zeroes the rows of V from `valid` on: whatever a page holds past the tokens written to it would
+// otherwise enter the sums times zero, and it may be NaN. Both warpgroups do so, each for itself.
+template <int kHeadDim>
+__device__ __forceinline__ void ZeroTail(__nv_bfloat16 (&v)[kHeadDim / kColumn][kTileKeys][kColumn],
+                                         int valid, int warpgroup) {
+  constexpr int kUnits = kColumn / 8;
+  for (int i = threadIdx.x % kWarpgroup; i < (kTileKeys - valid) * kUnits; i += kWarpgroup) {
+#pragma unroll
+    for (int column = 0; column < kHeadDim / kColumn; ++column) {
+      *reinterpret_cast<uint4*>(&v[column][valid + i / kUnits][i % kUnits * 8]) = uint4{};
+    }
+  }
+  ProxyFence();
+  NamedBarrier(kOwnBarrier + warpgroup, kWarpgroup);
+}
+
+// Transposes 4 x 4 words among the four lanes of a quad: word i of lane j becomes word j of lane i.
+__device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4]) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool high = lane & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, high ? x[i] : x[i | bit], bit);
+      x[i] = high ? got : x[i];
+      x[i | bit] = high ? x[i | bit] : got;
+    }
+  }
+}
+
+// A thread's rows of a piece.
+struct Rows {
+  __device__ __forceinline__ Rows(const AttendArgs& args, const ChunkWork& work, int warpgroup) {
+    const int in_tile = warpgroup * 64 + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      tile_row[i] = in_tile + 8 * i;
+      exists[i] = work.packed_begin + tile_row[i] < work.packed_end;
+      packed[i] = min(work.packed_begin + tile_row[i], work.packed_end - 1);
+      own[i] = work.position + packed[i] / args.group;
+    }
+  }
+  int tile_row[2];
+  int packed[2];
+  int own[2];  // Position.
+  bool exists[2];
+};
+
+template <int kHeadDim>
+__device__ __forceinline__ void WriteOutput(const AttendArgs& args, const ChunkWork& work, int head,
+                                            const Rows& rows, const float (&o)[kHeadDim / 2],
+                                            const float (&l)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float inverse = 1.0f / l[i];
+    const int r = rows.packed[i] / args.group;
+    const int64_t at =
+        (static_cast<int64_t>(work.row_begin + r) * args.kv_heads + head) * args.group +
+        rows.packed[i] - r * args.group;
+    __nv_bfloat16* to = args.out + at * kHeadDim + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; n += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        x[j] = PackBf16(o[4 * (n + j) + 2 * i] * inverse, o[4 * (n + j) + 2 * i + 1] * inverse);
+      }
+      TransposeQuad(x);
+      if (rows.exists[i])
+        *reinterpret_cast<uint4*>(to + n * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void WritePartial(const AttendArgs& args, const ChunkWork& work,
+                                             int head, const Rows& rows,
+                                             const float (&o)[kHeadDim / 2],
+                                             const Softmax& softmax) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!rows.exists[i]) continue;
+    const int64_t at =
+        (static_cast<int64_t>(work.partial) * args.kv_heads + head) * kTileRows + rows.tile_row[i];
+    float* to = args.partials + at * kHeadDim + column;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(to + n * 8) = make_float2(o[4 * n + 2 * i], o[4 * n + 2 * i + 1]);
+    }
+    if (column == 0) {
+      args.partial_ml[at] = make_float2(__fmul_rn(softmax.m[i], args.scale_log2), softmax.l[i]);
+    }
+  }
+}
+
+// Warpgroup `warpgroup` of the consumers: 64 packed rows of every piece.
+template <int kHeadDim>
+__device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, int warpgroup) {
+  const bool signals = threadIdx.x % 32 == 0;
+  if (warpgroup == 1) NamedBarrierArrive(kTurnBarrier, kConsumers * kWarpgroup);
+  int tile = 0;
+  for (int use = 0;; ++use) {
+    const Turn<kQuerySlots> turn(use);
+    BarrierWait(&shared.query_full[turn.slot], turn.parity);
+    const ChunkWork work = shared.piece[turn.slot].work;
+    const int head = shared.piece[turn.slot].head;
+    if (work.key_end == 0) return;
+    const Rows rows(args, work, warpgroup);
+    const int tiles = (work.key_end - work.key_begin + kTileKeys - 1) / kTileKeys;
+    // Tiles from this one on have keys past the warpgroup's first row.
+    const int first_row = min(work.packed_begin + warpgroup * 64, work.packed_end - 1);
+    const int first_own = work.position + first_row / args.group;
+    const int masked_from = max(0, first_own + 1 - work.key_begin) / kTileKeys;
+    const uint64_t q = MakeOperand(&shared.q[turn.slot][0][warpgroup * 64], kAtomBytes, 16);
+    const auto k_of = [&](int slot) { return MakeOperand(shared.k[slot], kAtomBytes, 16); };
+    const auto v_of = [&](int slot) {
+      return MakeOperand(shared.v[slot], kAtomBytes, kTileKeys * kColumnRowBytes);
+    };
+    Softmax softmax;
+    float shrink[2];
+    float s[kTileKeys / 2];
+    uint32_t p[kTileKeys / 16][4];
+    float o[kHeadDim / 2];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
+
+    Turn<kStages> stage(tile);
+    BarrierWait(&shared.k_full[stage.slot], stage.parity);
+    BeginScores<kHeadDim>(s, q, k_of(stage.slot));
+    WgmmaWait<0>();
+    KeepInOrder(s);
+    if (signals) BarrierArrive(&shared.k_empty[stage.slot]);
+    if (masked_from == 0) {
+      const int limit[2] = {rows.own[0] - work.key_begin, rows.own[1] - work.key_begin};
+      Mask(s, limit);
+    }
+    softmax.Take(s, args.scale_log2, shrink);
+    PackWeights(s, p);
+    for (int t = 1; t < tiles; ++t) {
+      const Turn<kStages> ahead(tile + t);
+      BarrierWait(&shared.k_full[ahead.slot], ahead.parity);
+      NamedBarrier(kTurnBarrier + warpgroup, kConsumers * kWarpgroup);
+      BeginScores<kHeadDim>(s, q, k_of(ahead.slot));
+      BarrierWait(&shared.v_full[stage.slot], stage.parity);
+      BeginOutput<kHeadDim>(o, p, v_of(stage.slot));
+      NamedBarrierArrive(kTurnBarrier + (warpgroup ^ 1), kConsumers * kWarpgroup);
+      WgmmaWait<1>();
+      KeepInOrder(s);
+      if (signals) BarrierArrive(&shared.k_empty[ahead.slot]);
+      if (t >= masked_from) {
+        const int key = work.key_begin + t * kTileKeys;
+        const int limit[2] = {rows.own[0] - key, rows.own[1] - key};
+        Mask(s, limit);
+      }
+      softmax.Take(s, args.scale_log2, shrink);
+      KeepOverlap(softmax);
+      WgmmaWait<0>();
+      KeepInOrder(o);
+      if (signals) BarrierArrive(&shared.v_empty[stage.slot]);
+      // After a while maxima seldom rise. Times one would change nothing.
+      if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= shrink[i / 2 % 2];
+      }
+      PackWeights(s, p);
+      stage = ahead;
+    }
+    if (signals) BarrierArrive(&shared.query_empty[turn.slot]);
+    BarrierWait(&shared.v_full[stage.slot], stage.parity);
+    const int valid = work.key_end - work.key_begin - (tiles - 1) * kTileKeys;
+    if (valid < kTileKeys) ZeroTail<kHeadDim>(shared.v[stage.slot], valid, warpgroup);
+    BeginOutput<kHeadDim>(o, p, v_of(stage.slot));
+    WgmmaWait<0>();
+    KeepInOrder(o);
+    if (signals) BarrierArrive(&shared.v_empty[stage.slot]);
+    tile += tiles;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      softmax.l[i] += __shfl_xor_sync(~0u, softmax.l[i], 1);
+      softmax.l[i] += __shfl_xor_sync(~0u, softmax.l[i], 2);
+    }
+    if (work.partial < 0) {
+      WriteOutput<kHeadDim>(args, work, head, rows, o, softmax.l);
+    } else {
+      WritePartial<kHeadDim>(args, work, head, rows, o, softmax);
+    }
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    ChunkAttendKernel(const __grid_constant__ AttendArgs args) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<AttendShared<kHeadDim>*>(shared_bytes);
+  if (threadIdx.x == 0) {
+    PrefetchTensorMap(&args.k);
+    PrefetchTensorMap(&args.v);
+    for (int i = 0; i < kQuerySlots; ++i) {
+      BarrierInit(&shared.piece_full[i], 1);
+      BarrierInit(&shared.query_full[i], kQueryThreads);
+      BarrierInit(&shared.query_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      BarrierInit(&shared.k_full[i], 1);
+      BarrierInit(&shared.v_full[i], 1);
+      BarrierInit(&shared.k_empty[i], kConsumerWarps);
+      BarrierInit(&shared.v_empty[i], kConsumerWarps);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+  WaitForPrevious();
+  if (threadIdx.x < kWarpgroup) {
+    LowerRegisters<kFeedRegisters>();
+    if (threadIdx.x < 32) {
+      FeedKeys<kHeadDim>(args, shared);
+    } else {
+      FeedQueries<kHeadDim>(args, shared);
+    }
+  } else {
+    RaiseRegisters<kConsumerRegisters>();
+    Consume<kHeadDim>(args, shared, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+  }
+  LetNextStart();
+}
+
+// ---- merging ----------------------------------------------------------------------------------
 
 struct MergeArgs {
   const ChunkMerge* merge = nullptr;
@@ -196,6 +527,8 @@ struct MergeArgs {
 template <int kHeadDim>
 __global__ void __launch_bounds__(256) ChunkMergeKernel(const MergeArgs args) {
   constexpr int kPer = kHeadDim / 32;
+  WaitForPrevious();
+  LetNextStart();
   const ChunkMerge merge = args.merge[blockIdx.x];
   const int head = blockIdx.y;
   const int row = blockIdx.z * 8 + threadIdx.x / 32;
@@ -203,30 +536,38 @@ __global__ void __launch_bounds__(256) ChunkMergeKernel(const MergeArgs args) {
   const int packed = merge.packed_begin + row;
   if (packed >= merge.packed_end) return;
   const auto at = [&](int i) {
-    return (static_cast<int64_t>(merge.partial_begin + i) * args.kv_heads + head) * kChunkTileRows +
-           row;
+    return (static_cast<int64_t>(merge.partial_begin + i) * args.kv_heads + head) * kTileRows + row;
   };
   float m = -INFINITY;
   for (int i = lane; i < merge.partials; i += 32) m = fmaxf(m, args.partial_ml[at(i)].x);
   for (int i = 16; i > 0; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
   float o[kPer] = {};
   float l = 0;
-#pragma unroll 4
-  for (int i = 0; i < merge.partials; ++i) {
-    const float2 ml = args.partial_ml[at(i)];
-    const float weight = exp2f(ml.x - m);
-    l += weight * ml.y;
-    const float* from = args.partials + at(i) * kHeadDim + lane * kPer;
-    if constexpr (kPer == 4) {
-      const float4 x = *reinterpret_cast<const float4*>(from);
-      o[0] += weight * x.x;
-      o[1] += weight * x.y;
-      o[2] += weight * x.z;
-      o[3] += weight * x.w;
-    } else {
-      const float2 x = *reinterpret_cast<const float2*>(from);
-      o[0] += weight * x.x;
-      o[1] += weight * x.y;
+  for (int begin = 0; begin < merge.partials; begin += 32) {
+    float weight = 0;
+    float sum = 0;
+    if (begin + lane < merge.partials) {
+      const float2 ml = args.partial_ml[at(begin + lane)];
+      weight = exp2f(ml.x - m);
+      sum = weight * ml.y;
+    }
+    const int count = min(32, merge.partials - begin);
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const float* from = args.partials + at(begin + i) * kHeadDim + lane * kPer;
+      const float w = __shfl_sync(~0u, weight, i);
+      l += __shfl_sync(~0u, sum, i);
+      if constexpr (kPer == 4) {
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        o[0] += w * x.x;
+        o[1] += w * x.y;
+        o[2] += w * x.z;
+        o[3] += w * x.w;
+      } else {
+        const float2 x = *reinterpret_cast<const float2*>(from);
+        o[0] += w * x.x;
+        o[1] += w * x.y;
+      }
     }
   }
   const float inverse = 1.0f / l;
@@ -238,21 +579,22 @@ __global__ void __launch_bounds__(256) ChunkMergeKernel(const MergeArgs args) {
       lane * kPer;
 #pragma unroll
   for (int j = 0; j < kPer; j += 2) {
-    *reinterpret_cast<uint32_t*>(to + j) = Pack(o[j] * inverse, o[j + 1] * inverse);
+    *reinterpret_cast<uint32_t*>(to + j) = PackBf16(o[j] * inverse, o[j + 1] * inverse);
   }
 }
 
 template <int kHeadDim>
 void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& plan) {
   const int kv_heads = params.layout.num_kv_heads;
-  const size_t slots = static_cast<size_t>(plan.partials) * kv_heads * kChunkTileRows;
+  const size_t slots = static_cast<size_t>(plan.partials) * kv_heads * kTileRows;
   std::byte* partials =
       context.chunk_partials.Reserve(slots * (kHeadDim * sizeof(float) + sizeof(float2)));
   AttendArgs args;
   args.q = reinterpret_cast<const __nv_bfloat16*>(params.q.b16());
   args.out = reinterpret_cast<__nv_bfloat16*>(params.out.b16());
-  args.k = reinterpret_cast<const __nv_bfloat16*>(params.kv.k);
-  args.v = reinterpret_cast<const __nv_bfloat16*>(params.kv.v);
+  const auto rows = static_cast<uint64_t>(params.layout.num_pages) * kv_heads * kPageTokens;
+  args.k = MakeTensorMap(params.kv.k, {kHeadDim, rows}, {kHeadDim * 2}, {kColumn, kPageTokens});
+  args.v = MakeTensorMap(params.kv.v, {kHeadDim, rows}, {kHeadDim * 2}, {kColumn, kPageTokens});
   args.pages = params.tables.pages;
   args.page_stride = params.tables.stride;
   args.partials = reinterpret_cast<float*>(partials);
@@ -266,15 +608,20 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   merge.out = args.out;
   merge.group = args.group;
   merge.kv_heads = kv_heads;
+  args.next_work = context.chunk_planner->next_work();
+  constexpr int kSharedBytes = sizeof(AttendShared<kHeadDim>);
+  static const cudaError_t raised = cudaFuncSetAttribute(
+      ChunkAttendKernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  RESA_CUDA_CHECK(raised);
   for (const ChunkPass& pass : plan.passes) {
     args.work = context.chunk_planner->work() + pass.work_begin;
-    ChunkAttendKernel<kHeadDim><<<dim3(pass.works, kv_heads), kThreads, 0, context.stream>>>(args);
-    RESA_CUDA_CHECK(cudaGetLastError());
+    args.pieces = pass.works * kv_heads;
+    LaunchOverlapped(context.stream, ChunkAttendKernel<kHeadDim>,
+                     std::min(args.pieces, context.device.sms), kThreads, kSharedBytes, 1, args);
     if (pass.merges == 0) continue;
     merge.merge = context.chunk_planner->merge() + pass.merge_begin;
-    ChunkMergeKernel<kHeadDim>
-        <<<dim3(pass.merges, kv_heads, kChunkTileRows / 8), 256, 0, context.stream>>>(merge);
-    RESA_CUDA_CHECK(cudaGetLastError());
+    LaunchOverlapped(context.stream, ChunkMergeKernel<kHeadDim>,
+                     dim3(pass.merges, kv_heads, kTileRows / 8), 256, 0, 1, merge);
   }
 }
 

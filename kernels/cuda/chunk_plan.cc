@@ -18,6 +18,9 @@ constexpr int kWhole = std::numeric_limits<int>::max();
 constexpr int kFixedSplitKeys = 8192;
 // Bounds the memory for partial results: 128 rows of 128 f32 each, so 33 MB for every 512.
 constexpr int64_t kMaxPassPieces = 1024;
+// How far the search for even work goes.
+constexpr int64_t kMaxFullRounds = 8;
+constexpr int64_t kMaxCutRounds = 6;
 // What it takes to start and finish a piece of work, counted in tiles of keys.
 constexpr double kPieceOverhead = 3.0;
 // What the merge costs: another launch, and reading each piece's partial result.
@@ -44,24 +47,39 @@ std::vector<Tile> CutRows(const DenseChunk* chunks, int64_t num_chunks, int grou
           Tile{static_cast<int32_t>(c), begin, end, chunks[c].position + (end - 1) / group + 1});
     }
   }
+  // The longest first; of equal length in order.
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const Tile& a, const Tile& b) { return a.keys > b.keys; });
   return tiles;
 }
 
+int Length(const Tile& tile) { return CeilDiv(tile.keys, kChunkTileKeys); }
+
+// Into how many pieces a tile is cut: the first `whole` ones are not.
+struct Cut {
+  int whole = 0;
+  int split_keys = kWhole;
+
+  int Pieces(const Tile& tile, int index) const {
+    return index < whole || tile.keys <= split_keys ? 1 : CeilDiv(tile.keys, split_keys);
+  }
+};
+
 // How long the device takes, in tiles of keys, when each free multiprocessor takes the longest
 // piece that is left.
-double Makespan(const std::vector<Tile>& tiles, int split_keys, const ChunkShape& shape) {
+double Makespan(const std::vector<Tile>& tiles, const Cut& cut, const ChunkShape& shape) {
   std::vector<int> lengths;
-  bool split = false;
-  for (const Tile& tile : tiles) {
-    int left = tile.keys;
-    split |= left > split_keys;
-    for (; left > split_keys; left -= split_keys) lengths.push_back(split_keys / kChunkTileKeys);
-    lengths.push_back(CeilDiv(left, kChunkTileKeys));
+  const int split = cut.split_keys / kChunkTileKeys;
+  for (int i = 0; i < static_cast<int>(tiles.size()); ++i) {
+    int left = Length(tiles[i]);
+    for (int pieces = cut.Pieces(tiles[i], i); pieces > 1; --pieces, left -= split) {
+      lengths.push_back(split);
+    }
+    lengths.push_back(left);
   }
   std::sort(lengths.begin(), lengths.end(), std::greater<>());
-  std::vector<double> idle(shape.sms, 0.0);
-  std::priority_queue<double, std::vector<double>, std::greater<>> free_at(std::greater<>(),
-                                                                           std::move(idle));
+  std::priority_queue<double, std::vector<double>, std::greater<>> free_at(
+      std::greater<>(), std::vector<double>(shape.sms, 0.0));
   double end = 0;
   for (const int length : lengths) {
     for (int head = 0; head < shape.kv_heads; ++head) {
@@ -71,35 +89,54 @@ double Makespan(const std::vector<Tile>& tiles, int split_keys, const ChunkShape
       end = std::max(end, done);
     }
   }
-  const double pieces = static_cast<double>(lengths.size()) * shape.kv_heads;
-  return split ? end + kMergeLaunch + kMergePerPiece * pieces : end;
+  if (lengths.size() == tiles.size()) return end;
+  return end + kMergeLaunch +
+         kMergePerPiece * static_cast<double>(lengths.size() - cut.whole) * shape.kv_heads;
 }
 
-int ChooseSplit(const std::vector<Tile>& tiles, const ChunkShape& shape) {
-  if (shape.fixed_splits) return kFixedSplitKeys;
-  int64_t total = 0;
-  int longest = 0;
-  for (const Tile& tile : tiles) {
-    const int length = CeilDiv(tile.keys, kChunkTileKeys);
-    total += (length + static_cast<int64_t>(kPieceOverhead)) * shape.kv_heads;
-    longest = std::max(longest, length);
-  }
-  const double even = static_cast<double>(total) / shape.sms;
-  double best = Makespan(tiles, kWhole, shape);
-  int best_split = kWhole;
-  if (best <= 1.03 * even) return best_split;
-  // Lengths that divide the longest tile's keys evenly, in so many pieces that one more would not
-  // even the work further.
-  for (int pieces = 2; pieces <= 256 && pieces * 4 <= longest; ++pieces) {
-    if (static_cast<int64_t>(tiles.size()) * shape.kv_heads * pieces > 4 * kMaxPassPieces) break;
-    const int split = CeilDiv(longest, pieces) * kChunkTileKeys;
-    const double time = Makespan(tiles, split, shape);
-    if (time < best * 0.995) {
-      best = time;
-      best_split = split;
+// The shortest splits with which the tiles that are cut make at most `limit` pieces.
+Cut CutInto(const std::vector<Tile>& tiles, int whole, int64_t limit) {
+  int low = 1;
+  int high = Length(tiles[whole]);
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    int64_t pieces = 0;
+    for (size_t i = whole; i < tiles.size(); ++i) pieces += CeilDiv(Length(tiles[i]), middle);
+    if (pieces <= limit) {
+      high = middle;
+    } else {
+      low = middle + 1;
     }
   }
-  return best_split;
+  return Cut{whole, low * kChunkTileKeys};
+}
+
+// Few tiles over many keys leave multiprocessors idle, and so does the last round of equal tiles.
+// Tries to keep the tiles of some full rounds whole and to cut the others into as many pieces as
+// fill one round more, two, ...
+Cut ChooseCut(const std::vector<Tile>& tiles, const ChunkShape& shape) {
+  if (shape.fixed_splits) return Cut{0, kFixedSplitKeys};
+  const int64_t items = static_cast<int64_t>(tiles.size()) * shape.kv_heads;
+  double even = static_cast<double>(items) * kPieceOverhead;
+  for (const Tile& tile : tiles) even += static_cast<double>(Length(tile)) * shape.kv_heads;
+  even /= shape.sms;
+  Cut best;
+  double best_time = Makespan(tiles, best, shape);
+  const int64_t full_rounds = std::min<int64_t>(items / shape.sms, kMaxFullRounds);
+  for (int64_t full = full_rounds; full >= 0 && best_time > 1.03 * even; --full) {
+    const auto whole = static_cast<int>(full * shape.sms / shape.kv_heads);
+    for (int64_t rounds = 1; rounds <= kMaxCutRounds; ++rounds) {
+      const int64_t limit = rounds * shape.sms / shape.kv_heads;
+      const auto cut_tiles = static_cast<int64_t>(tiles.size()) - whole;
+      if (cut_tiles == 0 || limit < cut_tiles || limit * shape.kv_heads > kMaxPassPieces) continue;
+      const Cut cut = CutInto(tiles, whole, limit);
+      const double time = Makespan(tiles, cut, shape);
+      if (time >= 0.995 * best_time) continue;
+      best_time = time;
+      best = cut;
+    }
+  }
+  return best;
 }
 
 // The longest first; of equal length, tiles that read the same keys side by side.
@@ -115,7 +152,7 @@ bool RunsBefore(const ChunkWork& a, const ChunkWork& b) {
 
 ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape) {
   const std::vector<Tile> tiles = CutRows(chunks, num_chunks, shape.group);
-  const int split_keys = ChooseSplit(tiles, shape);
+  const Cut cut = ChooseCut(tiles, shape);
   ChunkPlan plan;
   ChunkPass pass;
   int32_t partials = 0;
@@ -129,8 +166,9 @@ ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkSh
     pass.merge_begin = static_cast<int32_t>(plan.merge.size());
     partials = 0;
   };
-  for (const Tile& tile : tiles) {
-    const int pieces = tile.keys <= split_keys ? 1 : CeilDiv(tile.keys, split_keys);
+  for (int t = 0; t < static_cast<int>(tiles.size()); ++t) {
+    const Tile& tile = tiles[t];
+    const int pieces = cut.Pieces(tile, t);
     if (pieces > 1) {
       const int64_t after = (static_cast<int64_t>(partials) + pieces) * shape.kv_heads;
       if (partials > 0 && after > kMaxPassPieces) finish_pass();
@@ -147,8 +185,8 @@ ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkSh
     plan.merge.push_back(
         ChunkMerge{chunk.row_begin, tile.packed_begin, tile.packed_end, partials, pieces});
     for (int i = 0; i < pieces; ++i) {
-      work.key_begin = i * split_keys;
-      work.key_end = std::min(tile.keys, (i + 1) * split_keys);
+      work.key_begin = i * cut.split_keys;
+      work.key_end = std::min(tile.keys, (i + 1) * cut.split_keys);
       work.partial = partials++;
       plan.work.push_back(work);
     }

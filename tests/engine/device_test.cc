@@ -471,7 +471,6 @@ TEST_P(DeviceTest, ARectifiedWindowLeavesWhatDensePrefillLeaves) {
 TEST_P(DeviceTest, InDeterministicModeTheBatchChangesNothing) {
   for (const Case& c : kCases) {
     const LoadedModel model = resa::testing::MakeTinyModel(c.model, seed());
-    const auto ops = MakeOps(GetParam(), model.config, /*deterministic=*/true);
     std::vector<Request> requests;
     for (const auto& [mode, prompt] :
          {std::pair{AttentionMode::kRectified, 33}, std::pair{AttentionMode::kDense, 150},
@@ -490,12 +489,14 @@ TEST_P(DeviceTest, InDeterministicModeTheBatchChangesNothing) {
     };
     std::vector<Trace> alone;
     for (const Request& request : requests) {
+      const auto ops = MakeOps(GetParam(), model.config, /*deterministic=*/true);
       Machine machine(model, c.selector, 256, 4, ops.get());
       SequenceDriver driver(request, machine.Pages(2), c.selector);
       SequenceDriver* const all[] = {&driver};
       RunTogether(all, machine.executor());
       alone.push_back(trace_of(machine, driver));
     }
+    const auto ops = MakeOps(GetParam(), model.config, /*deterministic=*/true);
     Machine machine(model, c.selector, 256, 4, ops.get());
     std::vector<std::unique_ptr<SequenceDriver>> drivers;
     std::vector<SequenceDriver*> all;

@@ -30,6 +30,7 @@ struct TestTarget {
   int64_t instructions = 0;  // Highway's target bit; 0: the best there is.
 };
 std::string NameOf(const TestTarget& target);
+inline void PrintTo(const TestTarget& target, std::ostream* out) { *out << NameOf(target); }
 std::string TargetTestName(const ::testing::TestParamInfo<TestTarget>& info);
 
 // The CPU with every instruction set that is compiled in and supported, and all targets: those,

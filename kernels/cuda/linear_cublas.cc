@@ -109,23 +109,31 @@ const CublasPlans::Plan& FindPlan(Context& context, const ProductKey& key) {
 
 bool Aligned(const Matrix& m) { return reinterpret_cast<uintptr_t>(m.data) % kAlignment == 0; }
 
-}  // namespace
-
-bool LinearCublas(Context& context, const LinearParams& p) {
-  if (p.weight.cols % 8 != 0 || !Aligned(p.x) || !Aligned(p.weight) || !Aligned(p.out)) {
-    return false;
-  }
+// False when cuBLASLt does not have it.
+bool Multiply(Context& context, const LinearParams& p, int64_t planned_rows) {
   const bool f32_out = p.out.dtype == DType::kF32;
   const CublasPlans::Plan& plan =
-      FindPlan(context, {p.weight.cols, p.weight.rows, BucketOf(p.x.rows), f32_out, p.accumulate});
+      FindPlan(context, {p.weight.cols, p.weight.rows, planned_rows, f32_out, p.accumulate});
   if (!plan.found) return false;
   cublasLtMatmulDescOpaque_t product = Product();
   Layouts layouts(p.weight.cols, p.weight.rows, p.x.rows, f32_out ? CUDA_R_32F : CUDA_R_16BF);
   const float alpha = 1.0f, beta = p.accumulate ? 1.0f : 0.0f;
-  RESA_CUBLAS_CHECK(cublasLtMatmul(
+  const cublasStatus_t status = cublasLtMatmul(
       context.cublas, &product, &alpha, p.weight.data, &layouts.weight, p.x.data, &layouts.x, &beta,
       p.out.data, &layouts.out, p.out.data, &layouts.out, &plan.algo,
-      context.cublas_workspace.Reserve(kWorkspaceBytes), kWorkspaceBytes, context.stream));
+      context.cublas_workspace.Reserve(kWorkspaceBytes), kWorkspaceBytes, context.stream);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
+  RESA_CUBLAS_CHECK(status);
+  return true;
+}
+
+}  // namespace
+
+bool LinearCublas(Context& context, const LinearParams& p) {
+  if (p.weight.cols % 8 != 0 || p.weight.rows % 8 != 0) return false;
+  if (!Aligned(p.x) || !Aligned(p.weight) || !Aligned(p.out)) return false;
+  // An algorithm chosen for a bucket may refuse some number of rows in it.
+  if (!Multiply(context, p, BucketOf(p.x.rows)) && !Multiply(context, p, p.x.rows)) return false;
   if (p.bias != nullptr) AddBias(context, p.bias, p.out);
   return true;
 }

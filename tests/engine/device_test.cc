@@ -183,6 +183,39 @@ double Deviation(const std::vector<float>& x) {
 // A step of every layer's Select: ids as it lays them out.
 using ChosenIds = std::vector<std::vector<int32_t>>;
 
+// The share of attention that falls on each block of a sparse row's sequence, exactly: by a softmax
+// over all its tokens, the mean over the heads of one KV head. For a host's backend, since it reads
+// what the parameters point to.
+std::vector<double> MassOfBlocks(const kernels::SelectParams& p, int kv_head) {
+  const kernels::SparseRow& row = p.rows[0];
+  const auto d = static_cast<size_t>(p.layout.head_dim);
+  const int group = p.num_heads / p.layout.num_kv_heads;
+  const int block = p.layout.selector.block_tokens;
+  std::vector<double> masses(static_cast<size_t>(row.position / block + 1), 0.0);
+  std::vector<double> weights(static_cast<size_t>(row.position) + 1);
+  for (int g = 0; g < group; ++g) {
+    const float* const q =
+        p.q.f32() + row.row * p.q.cols + (kv_head * group + g) * p.layout.head_dim;
+    double sum = 0, most = -INFINITY;
+    for (int t = 0; t <= row.position; ++t) {
+      const int64_t page = p.tables.pages[row.table * p.tables.stride + t / kernels::kPageTokens];
+      const auto run = static_cast<size_t>(page * p.layout.num_kv_heads + kv_head);
+      const auto* const key =
+          reinterpret_cast<const kernels::bf16*>(p.kv.k + run * p.layout.RunBytes()) +
+          static_cast<size_t>(t % kernels::kPageTokens) * d;
+      double dot = 0;
+      for (size_t j = 0; j < d; ++j) dot += double{q[j]} * ToFloat(key[j]);
+      weights[static_cast<size_t>(t)] = dot / std::sqrt(static_cast<double>(d));
+      most = std::max(most, weights[static_cast<size_t>(t)]);
+    }
+    for (double& w : weights) sum += w = std::exp(w - most);
+    for (size_t t = 0; t < weights.size(); ++t) {
+      masses[t / static_cast<size_t>(block)] += weights[t] / sum / group;
+    }
+  }
+  return masses;
+}
+
 // A machine whose choices of blocks and logits are seen, and its choices replaced where wanted.
 class ObservedMachine {
  public:
@@ -211,6 +244,10 @@ class ObservedMachine {
   const std::vector<float>& logits() const { return logits_; }
   int64_t kept() const { return kept_; }
   int64_t differing() const { return differing_; }
+  // The share of attention that the other choices miss beyond this machine's own: mean and worst
+  // over layers and KV heads of all sparse rows. Below 0 where they catch more.
+  double mean_loss() const { return choices_ > 0 ? loss_ / static_cast<double>(choices_) : 0; }
+  double worst_loss() const { return worst_loss_; }
 
  private:
   void Selected(const kernels::SelectParams& p) {
@@ -228,6 +265,14 @@ class ObservedMachine {
                               std::back_inserter(both));
         kept_ += keep;
         differing_ += keep - static_cast<int64_t>(both.size());
+        const std::vector<double> masses = MassOfBlocks(p, static_cast<int>(begin / keep));
+        double loss = 0;
+        for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(begin + keep); ++i) {
+          loss += masses[static_cast<size_t>(ids[i])] - masses[static_cast<size_t>(wanted[i])];
+        }
+        choices_ += 1;
+        loss_ += loss;
+        worst_loss_ = std::max(worst_loss_, loss);
       }
       ops_.Upload(reinterpret_cast<std::byte*>(p.ids), wanted.data(), bytes);
     }
@@ -240,8 +285,15 @@ class ObservedMachine {
   const ChosenIds* instead_ = nullptr;
   ChosenIds chosen_;
   std::vector<float> logits_;
-  int64_t kept_ = 0, differing_ = 0;
+  int64_t kept_ = 0, differing_ = 0, choices_ = 0;
+  double loss_ = 0, worst_loss_ = 0;
 };
+
+// Blocks whose estimated masses are within rounding of each other may swap. Their true masses may
+// lie further apart, since an estimate is one, but on either side alike: over the hundreds of
+// choices of a run the loss averages out to a tenth of what one swap may cost (5e-2 of attention
+// where 20 blocks are kept), were every choice to swap one.
+constexpr double kMeanLoss = 5e-3;
 
 struct Agreement {
   int tokens = 0;
@@ -249,7 +301,8 @@ struct Agreement {
   double worst_gap = 0;      // Between the CPU's logits of both tokens, in units of the bound.
   double worst_logprob = 0;  // Of the token taken, absolute difference.
   int64_t kept = 0, differing = 0;  // Blocks that the device kept, and those the CPU would not.
-  int replays_that_differ = 0;      // Steps that gave other bits when they ran as in service.
+  double mean_loss = 0, worst_loss = 0;  // Of attention, by those.
+  int replays_that_differ = 0;           // Steps that gave other bits when they ran as in service.
   int64_t sparse_rows = 0, steps_replayed = 0;
 };
 
@@ -294,6 +347,8 @@ Agreement CompareGreedy(const LoadedModel& model, const kernels::SelectorSpec& s
   }
   agreement.kept = cpu.kept();
   agreement.differing = cpu.differing();
+  agreement.mean_loss = cpu.mean_loss();
+  agreement.worst_loss = cpu.worst_loss();
   agreement.sparse_rows = cpu_ops->counters().sparse_rows;
   agreement.steps_replayed = device_ops->counters().steps_replayed;
   return agreement;
@@ -309,16 +364,17 @@ void ExpectAgreement(const LoadedModel& model, const kernels::SelectorSpec& sele
         CompareGreedy(model, selector, MakeRequest(mode, prompt, output), feed, ops.get());
     std::printf(
         "%-26s %-9s %3d tokens, %2d near ties (%.2f of the bound), logprobs within %.4f, "
-        "%lld of %lld blocks differ, %lld steps replayed\n",
+        "%lld of %lld blocks differ (loss %.1e, at worst %.1e), %lld steps replayed\n",
         name.c_str(), std::string(NameOf(mode)).c_str(), a.tokens, a.near_ties, a.worst_gap,
         a.worst_logprob, static_cast<long long>(a.differing), static_cast<long long>(a.kept),
-        static_cast<long long>(a.steps_replayed));
+        a.mean_loss, a.worst_loss, static_cast<long long>(a.steps_replayed));
     const std::string where = name + ", " + std::string(NameOf(mode));
     EXPECT_EQ(a.tokens, output) << where;
     EXPECT_LE(a.worst_gap, 1.0) << where;
     // Near ties are rare, or something else than rounding decides.
     EXPECT_LE(a.near_ties, output / 10) << where;
-    EXPECT_LE(a.differing, a.kept / 10) << where;
+    EXPECT_LE(a.mean_loss, kMeanLoss) << where;
+    EXPECT_LE(a.differing, a.kept / 5) << where;
     EXPECT_EQ(a.replays_that_differ, 0) << where;
     EXPECT_EQ(a.sparse_rows > 0, mode != AttentionMode::kDense) << where;
     if (target != Target::kCuda) continue;

@@ -106,7 +106,29 @@ __device__ __forceinline__ void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- tensor copies ----------------------------------------------------------------------------
+// ---- copies to shared memory ------------------------------------------------------------------
+
+// 16 bytes, both addresses aligned to 16; part of this thread's next group.
+__device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void CopyAsyncCommit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// Contiguous bytes, a multiple of 16, by the copy engine; `barrier` counts them.
+__device__ __forceinline__ void CopyBulk(void* to, const void* from, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+}
 
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -125,6 +147,19 @@ __device__ __forceinline__ void CopyBox3(void* to, const CUtensorMap* map, int x
       ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(to)),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
+}
+
+// ---- counters in global memory ----------------------------------------------------------------
+
+// Adds one, or wraps to zero when the counter stands at `last`; returns what it was. What threads
+// that this one has synchronised with wrote before is seen by whoever counts in later.
+__device__ __forceinline__ uint32_t CountIn(uint32_t* counter, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before;
 }
 
 // ---- programmatic launches --------------------------------------------------------------------

@@ -8,10 +8,10 @@
 // key; 224 packed rows of a rectification window fill its two tiles to 87.5 %.
 //
 // A CTA is three warpgroups. The first feeds: warp 0 takes pieces and copies K and V, one box per
-// page and 64 of d, into a ring of three stages each; its other warps gather the queries of the
-// next piece. The other two own 64 packed rows each: S = Q K^T by wgmma from shared memory, softmax
-// in registers, O += P V with P in registers. While a warpgroup's tensor products of the next S and
-// of this O run, the other one takes exponentials; named barriers keep them in turn.
+// page, into a ring of three stages each; its other warps gather the queries of the next piece. The
+// other two own 64 packed rows each: S = Q K^T by wgmma from shared memory, softmax in registers, O
+// += P V with P in registers. While a warpgroup's tensor products of the next S and of this O run,
+// the other one takes exponentials; named barriers keep them in turn.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -31,10 +31,10 @@ namespace resa::kernels::cuda {
 namespace {
 
 constexpr int kTileRows = kChunkTileRows;
-constexpr int kTileKeys = kChunkTileKeys;
+constexpr int kTileKeys = 128;
 constexpr int kTilePages = kTileKeys / kPageTokens;
 constexpr int kStages = 3;
-constexpr int kQuerySlots = 1;
+constexpr int kPieceSlots = 2;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kConsumerWarps = kConsumers * 4;
@@ -49,9 +49,13 @@ constexpr int kOwnBarrier = kTurnBarrier + kConsumers;
 constexpr int kColumn = 64;
 constexpr int kColumnRowBytes = kColumn * 2;
 constexpr int kAtomBytes = 8 * kColumnRowBytes;
+// A tile of K or V lies in groups of 8 rows, each one atom of 8 x 64 after the other, so that a
+// page (two groups) is contiguous.
+template <int kHeadDim>
+constexpr int kGroupBytes = (kHeadDim / kColumn) * kAtomBytes;
 
 struct AttendArgs {
-  CUtensorMap k;  // [pages * Hk * 16, d] in boxes of 16 x 64
+  CUtensorMap k;  // [pages * Hk * 16 rows / 8][d / 64][8][64], in boxes of one page
   CUtensorMap v;
   const __nv_bfloat16* q = nullptr;
   __nv_bfloat16* out = nullptr;
@@ -75,26 +79,32 @@ struct Piece {
 template <int kHeadDim>
 struct AttendShared {
   static constexpr int kColumns = kHeadDim / kColumn;
-  __nv_bfloat16 q[kQuerySlots][kColumns][kTileRows][kColumn];
-  __nv_bfloat16 k[kStages][kColumns][kTileKeys][kColumn];
-  __nv_bfloat16 v[kStages][kColumns][kTileKeys][kColumn];
-  Piece piece[kQuerySlots];
-  uint64_t piece_full[kQuerySlots];
-  uint64_t query_full[kQuerySlots];
-  uint64_t query_empty[kQuerySlots];
+  using Tile = __nv_bfloat16[kTileKeys / 8][kColumns][8][kColumn];
+  __nv_bfloat16 q[kColumns][kTileRows][kColumn];
+  Tile k[kStages];
+  Tile v[kStages];
+  Piece piece[kPieceSlots];
+  uint64_t piece_full[kPieceSlots];
+  uint64_t piece_empty[kPieceSlots];
+  uint64_t query_full;
+  uint64_t query_empty;
   uint64_t k_full[kStages];
   uint64_t k_empty[kStages];
   uint64_t v_full[kStages];
   uint64_t v_empty[kStages];
 };
 
-// Where a ring of `kSlots` stands at its use number `use`.
+// Where a thread stands in a ring of buffers.
 template <int kSlots>
 struct Turn {
-  __device__ __forceinline__ explicit Turn(int use)
-      : slot(use % kSlots), parity(static_cast<uint32_t>(use / kSlots) & 1) {}
-  int slot;
-  uint32_t parity;
+  int slot = 0;
+  uint32_t parity = 0;  // Of the phase that fills the slot; the one that empties it has the other.
+
+  __device__ __forceinline__ void Advance() {
+    if (++slot < kSlots) return;
+    slot = 0;
+    parity ^= 1;
+  }
 };
 
 // ---- feeding ----------------------------------------------------------------------------------
@@ -102,54 +112,53 @@ struct Turn {
 // Copies the tile of the pages in `page_row` (lane i has the first row of page i; the first `count`
 // exist) once the stage is free.
 template <int kHeadDim>
-__device__ __forceinline__ void FeedTile(
-    __nv_bfloat16 (&to)[kHeadDim / kColumn][kTileKeys][kColumn], const CUtensorMap* map,
-    int page_row, int count, uint64_t* full, uint64_t* empty, uint32_t parity) {
+__device__ __forceinline__ void FeedTile(typename AttendShared<kHeadDim>::Tile& to,
+                                         const CUtensorMap* map, int page_row, int count,
+                                         uint64_t* full, uint64_t* empty, uint32_t parity) {
   BarrierWait(empty, parity ^ 1);
   if (threadIdx.x == 0) BarrierArriveExpect(full, count * kPageTokens * kHeadDim * 2);
   __syncwarp();
   const int page = threadIdx.x;
   if (page >= count) return;
-#pragma unroll
-  for (int column = 0; column < kHeadDim / kColumn; ++column) {
-    CopyBox2(&to[column][page * kPageTokens], map, column * kColumn, page_row, full);
-  }
+  CopyBox4(&to[page * 2], map, 0, 0, 0, page_row / 8, full);
 }
 
 // Warp 0: takes pieces of work and keeps the rings of K and V full.
 template <int kHeadDim>
 __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
   const int lane = threadIdx.x;
-  int tile = 0;
-  int next = blockIdx.x;
-  for (int use = 0;; ++use) {
-    const Turn<kQuerySlots> turn(use);
+  Turn<kPieceSlots> turn;
+  Turn<kStages> k_turn;
+  Turn<kStages> v_turn;
+  for (int next = blockIdx.x;;) {
     Piece piece;
     if (next < args.pieces) {
       piece.work = args.work[next / args.kv_heads];
       piece.head = next % args.kv_heads;
     }
-    BarrierWait(&shared.query_empty[turn.slot], turn.parity ^ 1);
+    BarrierWait(&shared.piece_empty[turn.slot], turn.parity ^ 1);
     if (lane == 0) {
       shared.piece[turn.slot] = piece;
       BarrierArrive(&shared.piece_full[turn.slot]);
     }
+    turn.Advance();
     if (piece.work.key_end == 0) break;
     const int32_t* pages = args.pages + piece.work.table * args.page_stride;
     const int page_end = (piece.work.key_end + kPageTokens - 1) / kPageTokens;
     // Lane i looks up the tile's page i, one tile ahead of the copies.
     int page = piece.work.key_begin / kPageTokens + lane;
     int id = lane < kTilePages && page < page_end ? pages[page] : 0;
-    for (int key = piece.work.key_begin; key < piece.work.key_end; key += kTileKeys, ++tile) {
+    for (int key = piece.work.key_begin; key < piece.work.key_end; key += kTileKeys) {
       const int row = (id * args.kv_heads + piece.head) * kPageTokens;
       const int count = min(kTilePages, page_end - key / kPageTokens);
       page += kTilePages;
       id = lane < kTilePages && page < page_end ? pages[page] : 0;
-      const Turn<kStages> stage(tile);
-      FeedTile<kHeadDim>(shared.k[stage.slot], &args.k, row, count, &shared.k_full[stage.slot],
-                         &shared.k_empty[stage.slot], stage.parity);
-      FeedTile<kHeadDim>(shared.v[stage.slot], &args.v, row, count, &shared.v_full[stage.slot],
-                         &shared.v_empty[stage.slot], stage.parity);
+      FeedTile<kHeadDim>(shared.k[k_turn.slot], &args.k, row, count, &shared.k_full[k_turn.slot],
+                         &shared.k_empty[k_turn.slot], k_turn.parity);
+      k_turn.Advance();
+      FeedTile<kHeadDim>(shared.v[v_turn.slot], &args.v, row, count, &shared.v_full[v_turn.slot],
+                         &shared.v_empty[v_turn.slot], v_turn.parity);
+      v_turn.Advance();
     }
     if (lane == 0) next = gridDim.x + atomicAdd(args.next_work, 1u);
     next = __shfl_sync(~0u, next, 0);
@@ -167,13 +176,15 @@ __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared)
 template <int kHeadDim>
 __device__ void FeedQueries(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
   constexpr int kUnits = kHeadDim / 8;  // Of 16 bytes.
-  for (int use = 0;; ++use) {
-    const Turn<kQuerySlots> turn(use);
+  Turn<kPieceSlots> turn;
+  for (uint32_t parity = 0;; parity ^= 1) {
     BarrierWait(&shared.piece_full[turn.slot], turn.parity);
     const ChunkWork work = shared.piece[turn.slot].work;
     const int head = shared.piece[turn.slot].head;
+    turn.Advance();
+    BarrierWait(&shared.query_empty, parity ^ 1);
     if (work.key_end == 0) {
-      BarrierArrive(&shared.query_full[turn.slot]);
+      BarrierArrive(&shared.query_full);
       return;
     }
     for (int i = threadIdx.x - 32; i < kTileRows * kUnits; i += kQueryThreads) {
@@ -184,12 +195,13 @@ __device__ void FeedQueries(const AttendArgs& args, AttendShared<kHeadDim>& shar
       const int64_t from =
           (static_cast<int64_t>(work.row_begin + r) * args.kv_heads + head) * args.group + packed -
           r * args.group;
-      CopyAsync16(&shared.q[turn.slot][unit / 8][row][((unit % 8) ^ (row % 8)) * 8],
+      CopyAsync16(SharedAddress(&shared.q[unit / 8][row][((unit % 8) ^ (row % 8)) * 8]),
                   args.q + from * kHeadDim + unit * 8);
     }
-    CopyAsyncWait();
+    CopyAsyncCommit();
+    CopyAsyncWait<0>();
     ProxyFence();
-    BarrierArrive(&shared.query_full[turn.slot]);
+    BarrierArrive(&shared.query_full);
   }
 }
 
@@ -204,7 +216,7 @@ __device__ __forceinline__ void BeginScores(float (&s)[kTileKeys / 2], uint64_t 
     const int column = step / 4;
     const int inside = step % 4 * 32;
     Wgmma(s, AdvanceOperand(q, column * kTileRows * kColumnRowBytes + inside),
-          AdvanceOperand(k, column * kTileKeys * kColumnRowBytes + inside), step > 0);
+          AdvanceOperand(k, column * kAtomBytes + inside), step > 0);
   }
   WgmmaCommit();
 }
@@ -216,7 +228,7 @@ __device__ __forceinline__ void BeginOutput(float (&o)[kHeadDim / 2],
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < kTileKeys / 16; ++step) {
-    WgmmaBt(o, p[step], AdvanceOperand(v, step * 16 * kColumnRowBytes), true);
+    WgmmaBt(o, p[step], AdvanceOperand(v, step * 2 * kGroupBytes<kHeadDim>), true);
   }
   WgmmaCommit();
 }
@@ -285,13 +297,14 @@ __device__ __forceinline__ void PackWeights(const float (&s)[kTileKeys / 2],
 // Zeroes the rows of V from `valid` on: whatever a page holds past the tokens written to it would
 // otherwise enter the sums times zero, and it may be NaN. Both warpgroups do so, each for itself.
 template <int kHeadDim>
-__device__ __forceinline__ void ZeroTail(__nv_bfloat16 (&v)[kHeadDim / kColumn][kTileKeys][kColumn],
-                                         int valid, int warpgroup) {
+__device__ __forceinline__ void ZeroTail(typename AttendShared<kHeadDim>::Tile& v, int valid,
+                                         int warpgroup) {
   constexpr int kUnits = kColumn / 8;
   for (int i = threadIdx.x % kWarpgroup; i < (kTileKeys - valid) * kUnits; i += kWarpgroup) {
 #pragma unroll
     for (int column = 0; column < kHeadDim / kColumn; ++column) {
-      *reinterpret_cast<uint4*>(&v[column][valid + i / kUnits][i % kUnits * 8]) = uint4{};
+      const int row = valid + i / kUnits;
+      *reinterpret_cast<uint4*>(&v[row / 8][column][row % 8][i % kUnits * 8]) = uint4{};
     }
   }
   ProxyFence();
@@ -385,24 +398,38 @@ template <int kHeadDim>
 __device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, int warpgroup) {
   const bool signals = threadIdx.x % 32 == 0;
   if (warpgroup == 1) NamedBarrierArrive(kTurnBarrier, kConsumers * kWarpgroup);
-  int tile = 0;
-  for (int use = 0;; ++use) {
-    const Turn<kQuerySlots> turn(use);
-    BarrierWait(&shared.query_full[turn.slot], turn.parity);
+  Turn<kPieceSlots> turn;
+  Turn<kStages> k_turn;
+  Turn<kStages> v_turn;
+  const uint64_t q = MakeOperand(&shared.q[0][warpgroup * 64], kAtomBytes, 16);
+  const auto k_operand = [&] {
+    return MakeOperand(shared.k[k_turn.slot], kGroupBytes<kHeadDim>, 16);
+  };
+  const auto v_operand = [&] {
+    return MakeOperand(shared.v[v_turn.slot], kGroupBytes<kHeadDim>, kAtomBytes);
+  };
+  const auto release_k = [&] {
+    if (signals) BarrierArrive(&shared.k_empty[k_turn.slot]);
+    k_turn.Advance();
+  };
+  const auto release_v = [&] {
+    if (signals) BarrierArrive(&shared.v_empty[v_turn.slot]);
+    v_turn.Advance();
+  };
+  for (uint32_t parity = 0;; parity ^= 1) {
+    BarrierWait(&shared.query_full, parity);
     const ChunkWork work = shared.piece[turn.slot].work;
     const int head = shared.piece[turn.slot].head;
     if (work.key_end == 0) return;
+    __syncwarp();
+    if (signals) BarrierArrive(&shared.piece_empty[turn.slot]);
+    turn.Advance();
     const Rows rows(args, work, warpgroup);
     const int tiles = (work.key_end - work.key_begin + kTileKeys - 1) / kTileKeys;
     // Tiles from this one on have keys past the warpgroup's first row.
     const int first_row = min(work.packed_begin + warpgroup * 64, work.packed_end - 1);
     const int first_own = work.position + first_row / args.group;
     const int masked_from = max(0, first_own + 1 - work.key_begin) / kTileKeys;
-    const uint64_t q = MakeOperand(&shared.q[turn.slot][0][warpgroup * 64], kAtomBytes, 16);
-    const auto k_of = [&](int slot) { return MakeOperand(shared.k[slot], kAtomBytes, 16); };
-    const auto v_of = [&](int slot) {
-      return MakeOperand(shared.v[slot], kAtomBytes, kTileKeys * kColumnRowBytes);
-    };
     Softmax softmax;
     float shrink[2];
     float s[kTileKeys / 2];
@@ -411,12 +438,11 @@ __device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
 
-    Turn<kStages> stage(tile);
-    BarrierWait(&shared.k_full[stage.slot], stage.parity);
-    BeginScores<kHeadDim>(s, q, k_of(stage.slot));
+    BarrierWait(&shared.k_full[k_turn.slot], k_turn.parity);
+    BeginScores<kHeadDim>(s, q, k_operand());
     WgmmaWait<0>();
     KeepInOrder(s);
-    if (signals) BarrierArrive(&shared.k_empty[stage.slot]);
+    release_k();
     if (masked_from == 0) {
       const int limit[2] = {rows.own[0] - work.key_begin, rows.own[1] - work.key_begin};
       Mask(s, limit);
@@ -424,16 +450,15 @@ __device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, 
     softmax.Take(s, args.scale_log2, shrink);
     PackWeights(s, p);
     for (int t = 1; t < tiles; ++t) {
-      const Turn<kStages> ahead(tile + t);
-      BarrierWait(&shared.k_full[ahead.slot], ahead.parity);
+      BarrierWait(&shared.k_full[k_turn.slot], k_turn.parity);
       NamedBarrier(kTurnBarrier + warpgroup, kConsumers * kWarpgroup);
-      BeginScores<kHeadDim>(s, q, k_of(ahead.slot));
-      BarrierWait(&shared.v_full[stage.slot], stage.parity);
-      BeginOutput<kHeadDim>(o, p, v_of(stage.slot));
+      BeginScores<kHeadDim>(s, q, k_operand());
+      BarrierWait(&shared.v_full[v_turn.slot], v_turn.parity);
+      BeginOutput<kHeadDim>(o, p, v_operand());
       NamedBarrierArrive(kTurnBarrier + (warpgroup ^ 1), kConsumers * kWarpgroup);
       WgmmaWait<1>();
       KeepInOrder(s);
-      if (signals) BarrierArrive(&shared.k_empty[ahead.slot]);
+      release_k();
       if (t >= masked_from) {
         const int key = work.key_begin + t * kTileKeys;
         const int limit[2] = {rows.own[0] - key, rows.own[1] - key};
@@ -443,24 +468,22 @@ __device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, 
       KeepOverlap(softmax);
       WgmmaWait<0>();
       KeepInOrder(o);
-      if (signals) BarrierArrive(&shared.v_empty[stage.slot]);
+      release_v();
       // After a while maxima seldom rise. Times one would change nothing.
       if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= shrink[i / 2 % 2];
       }
       PackWeights(s, p);
-      stage = ahead;
     }
-    if (signals) BarrierArrive(&shared.query_empty[turn.slot]);
-    BarrierWait(&shared.v_full[stage.slot], stage.parity);
+    if (signals) BarrierArrive(&shared.query_empty);
+    BarrierWait(&shared.v_full[v_turn.slot], v_turn.parity);
     const int valid = work.key_end - work.key_begin - (tiles - 1) * kTileKeys;
-    if (valid < kTileKeys) ZeroTail<kHeadDim>(shared.v[stage.slot], valid, warpgroup);
-    BeginOutput<kHeadDim>(o, p, v_of(stage.slot));
+    if (valid < kTileKeys) ZeroTail<kHeadDim>(shared.v[v_turn.slot], valid, warpgroup);
+    BeginOutput<kHeadDim>(o, p, v_operand());
     WgmmaWait<0>();
     KeepInOrder(o);
-    if (signals) BarrierArrive(&shared.v_empty[stage.slot]);
-    tile += tiles;
+    release_v();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       softmax.l[i] += __shfl_xor_sync(~0u, softmax.l[i], 1);
@@ -482,15 +505,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     PrefetchTensorMap(&args.k);
     PrefetchTensorMap(&args.v);
-    for (int i = 0; i < kQuerySlots; ++i) {
+    BarrierInit(&shared.query_full, kQueryThreads);
+    BarrierInit(&shared.query_empty, kConsumerWarps);
+    for (int i = 0; i < kPieceSlots; ++i) {
       BarrierInit(&shared.piece_full[i], 1);
-      BarrierInit(&shared.query_full[i], kQueryThreads);
-      BarrierInit(&shared.query_empty[i], kConsumerWarps);
+      BarrierInit(&shared.piece_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < kStages; ++i) {
       BarrierInit(&shared.k_full[i], 1);
-      BarrierInit(&shared.v_full[i], 1);
       BarrierInit(&shared.k_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      BarrierInit(&shared.v_full[i], 1);
       BarrierInit(&shared.v_empty[i], kConsumerWarps);
     }
     BarrierInitFence();
@@ -593,8 +619,13 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   args.q = reinterpret_cast<const __nv_bfloat16*>(params.q.b16());
   args.out = reinterpret_cast<__nv_bfloat16*>(params.out.b16());
   const auto rows = static_cast<uint64_t>(params.layout.num_pages) * kv_heads * kPageTokens;
-  args.k = MakeTensorMap(params.kv.k, {kHeadDim, rows}, {kHeadDim * 2}, {kColumn, kPageTokens});
-  args.v = MakeTensorMap(params.kv.v, {kHeadDim, rows}, {kHeadDim * 2}, {kColumn, kPageTokens});
+  const auto map = [&](const std::byte* pool) {
+    return MakeTensorMap(pool, {kColumn, 8, kHeadDim / kColumn, rows / 8},
+                         {kHeadDim * 2, kColumnRowBytes, kHeadDim * 16},
+                         {kColumn, 8, kHeadDim / kColumn, kPageTokens / 8});
+  };
+  args.k = map(params.kv.k);
+  args.v = map(params.kv.v);
   args.pages = params.tables.pages;
   args.page_stride = params.tables.stride;
   args.partials = reinterpret_cast<float*>(partials);
@@ -634,7 +665,7 @@ void ChunkAttend(Context& context, const ChunkAttendParams& params, const DenseC
   RESA_CHECK(params.num_heads % layout.num_kv_heads == 0);
   if (context.chunk_planner == nullptr) context.chunk_planner = std::make_shared<ChunkPlanner>();
   const ChunkShape shape{params.num_heads / layout.num_kv_heads, layout.num_kv_heads,
-                         context.device.sms, context.deterministic};
+                         context.device.sms, kTileKeys, context.deterministic};
   const ChunkPlan& plan =
       context.chunk_planner->Plan(host_chunks, params.num_chunks, shape, context.stream);
   switch (layout.head_dim) {

@@ -13,8 +13,8 @@ namespace resa::kernels::cuda {
 namespace {
 
 constexpr int kWhole = std::numeric_limits<int>::max();
-// Of a row-independent plan. 8192 keys take about as long as 64 tiles, against which starting a
-// piece and merging it are little.
+// Of a row-independent plan, rounded up to whole tiles: so many keys take long against starting a
+// piece and merging it.
 constexpr int kFixedSplitKeys = 8192;
 // Bounds the memory for partial results: 128 rows of 128 f32 each, so 33 MB for every 512.
 constexpr int64_t kMaxPassPieces = 1024;
@@ -35,16 +35,18 @@ struct Tile {
   int32_t packed_begin = 0;
   int32_t packed_end = 0;
   int32_t keys = 0;
+  int32_t length = 0;  // Tiles of keys.
 };
 
-std::vector<Tile> CutRows(const DenseChunk* chunks, int64_t num_chunks, int group) {
+std::vector<Tile> CutRows(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape) {
   std::vector<Tile> tiles;
   for (int64_t c = 0; c < num_chunks; ++c) {
-    const int packed_rows = chunks[c].rows * group;
+    const int packed_rows = chunks[c].rows * shape.group;
     for (int begin = 0; begin < packed_rows; begin += kChunkTileRows) {
       const int end = std::min(begin + kChunkTileRows, packed_rows);
+      const int keys = chunks[c].position + (end - 1) / shape.group + 1;
       tiles.push_back(
-          Tile{static_cast<int32_t>(c), begin, end, chunks[c].position + (end - 1) / group + 1});
+          Tile{static_cast<int32_t>(c), begin, end, keys, CeilDiv(keys, shape.tile_keys)});
     }
   }
   // The longest first; of equal length in order.
@@ -52,8 +54,6 @@ std::vector<Tile> CutRows(const DenseChunk* chunks, int64_t num_chunks, int grou
                    [](const Tile& a, const Tile& b) { return a.keys > b.keys; });
   return tiles;
 }
-
-int Length(const Tile& tile) { return CeilDiv(tile.keys, kChunkTileKeys); }
 
 // Into how many pieces a tile is cut: the first `whole` ones are not.
 struct Cut {
@@ -69,9 +69,9 @@ struct Cut {
 // piece that is left.
 double Makespan(const std::vector<Tile>& tiles, const Cut& cut, const ChunkShape& shape) {
   std::vector<int> lengths;
-  const int split = cut.split_keys / kChunkTileKeys;
+  const int split = cut.split_keys / shape.tile_keys;
   for (int i = 0; i < static_cast<int>(tiles.size()); ++i) {
-    int left = Length(tiles[i]);
+    int left = tiles[i].length;
     for (int pieces = cut.Pieces(tiles[i], i); pieces > 1; --pieces, left -= split) {
       lengths.push_back(split);
     }
@@ -95,30 +95,31 @@ double Makespan(const std::vector<Tile>& tiles, const Cut& cut, const ChunkShape
 }
 
 // The shortest splits with which the tiles that are cut make at most `limit` pieces.
-Cut CutInto(const std::vector<Tile>& tiles, int whole, int64_t limit) {
+Cut CutInto(const std::vector<Tile>& tiles, int whole, int64_t limit, int tile_keys) {
   int low = 1;
-  int high = Length(tiles[whole]);
+  int high = tiles[whole].length;
   while (low < high) {
     const int middle = (low + high) / 2;
     int64_t pieces = 0;
-    for (size_t i = whole; i < tiles.size(); ++i) pieces += CeilDiv(Length(tiles[i]), middle);
+    for (size_t i = whole; i < tiles.size(); ++i) pieces += CeilDiv(tiles[i].length, middle);
     if (pieces <= limit) {
       high = middle;
     } else {
       low = middle + 1;
     }
   }
-  return Cut{whole, low * kChunkTileKeys};
+  return Cut{whole, low * tile_keys};
 }
 
 // Few tiles over many keys leave multiprocessors idle, and so does the last round of equal tiles.
 // Tries to keep the tiles of some full rounds whole and to cut the others into as many pieces as
 // fill one round more, two, ...
 Cut ChooseCut(const std::vector<Tile>& tiles, const ChunkShape& shape) {
-  if (shape.fixed_splits) return Cut{0, kFixedSplitKeys};
+  if (shape.fixed_splits)
+    return Cut{0, CeilDiv(kFixedSplitKeys, shape.tile_keys) * shape.tile_keys};
   const int64_t items = static_cast<int64_t>(tiles.size()) * shape.kv_heads;
   double even = static_cast<double>(items) * kPieceOverhead;
-  for (const Tile& tile : tiles) even += static_cast<double>(Length(tile)) * shape.kv_heads;
+  for (const Tile& tile : tiles) even += static_cast<double>(tile.length) * shape.kv_heads;
   even /= shape.sms;
   Cut best;
   double best_time = Makespan(tiles, best, shape);
@@ -129,7 +130,7 @@ Cut ChooseCut(const std::vector<Tile>& tiles, const ChunkShape& shape) {
       const int64_t limit = rounds * shape.sms / shape.kv_heads;
       const auto cut_tiles = static_cast<int64_t>(tiles.size()) - whole;
       if (cut_tiles == 0 || limit < cut_tiles || limit * shape.kv_heads > kMaxPassPieces) continue;
-      const Cut cut = CutInto(tiles, whole, limit);
+      const Cut cut = CutInto(tiles, whole, limit, shape.tile_keys);
       const double time = Makespan(tiles, cut, shape);
       if (time >= 0.995 * best_time) continue;
       best_time = time;
@@ -151,7 +152,7 @@ bool RunsBefore(const ChunkWork& a, const ChunkWork& b) {
 }  // namespace
 
 ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape) {
-  const std::vector<Tile> tiles = CutRows(chunks, num_chunks, shape.group);
+  const std::vector<Tile> tiles = CutRows(chunks, num_chunks, shape);
   const Cut cut = ChooseCut(tiles, shape);
   ChunkPlan plan;
   ChunkPass pass;

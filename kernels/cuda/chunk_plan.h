@@ -20,7 +20,6 @@
 namespace resa::kernels::cuda {
 
 inline constexpr int kChunkTileRows = 128;
-inline constexpr int kChunkTileKeys = 128;
 
 struct ChunkWork {
   int32_t row_begin = 0;     // Of the chunk, in the flat batch.
@@ -28,7 +27,7 @@ struct ChunkWork {
   int32_t table = 0;         // Row of the page tables.
   int32_t packed_begin = 0;  // First packed row of the tile.
   int32_t packed_end = 0;    // One past its last, at most packed_begin + kChunkTileRows.
-  int32_t key_begin = 0;     // A multiple of kChunkTileKeys.
+  int32_t key_begin = 0;     // A multiple of the shape's tile_keys.
   int32_t key_end = 0;       // At most one past the position of the tile's last row.
   int32_t partial = -1;      // Where the partial result goes; -1: this is all, write the output.
 };
@@ -61,6 +60,7 @@ struct ChunkShape {
   int group = 0;
   int kv_heads = 0;
   int sms = 0;
+  int tile_keys = 0;  // How many keys the kernel takes at a time; a multiple of kPageTokens.
   // Cut at a fixed number of keys, so that a row's bits do not depend on the rest of the batch.
   bool fixed_splits = false;
 

@@ -23,22 +23,16 @@ __device__ __forceinline__ void NamedBarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The box of a rank 2 map that begins at (x, y), to shared memory; `barrier` counts its bytes.
-__device__ __forceinline__ void CopyBox2(void* to, const CUtensorMap* map, int x, int y,
-                                         uint64_t* barrier) {
+// The box of a rank 4 map that begins at (x, y, z, w), to shared memory; `barrier` counts its
+// bytes.
+__device__ __forceinline__ void CopyBox4(void* to, const CUtensorMap* map, int x, int y, int z,
+                                         int w, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(x), "r"(y), "r"(SharedAddress(barrier))
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(SharedAddress(barrier))
       : "memory");
 }
-
-__device__ __forceinline__ void CopyAsync16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(to)), "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void CopyAsyncWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- wgmma --------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@
 // Rules for a kernel launched by LaunchOverlapped:
 // - every thread calls WaitForPrevious() before it touches memory that another kernel writes, or
 //   writes memory that another kernel reads; before that only weights may be read;
-// - LetNextStart() may come any time after that. It lets the next kernel's CTAs take what room is
-//   left on the multiprocessors, no more: they wait for this kernel's end and its writes.
+// - LetNextStart() may come any time, even before the wait. It lets the next kernel's CTAs take what
+//   room is left on the multiprocessors, and load weights, no more: their own wait is for this
+//   kernel's end and its writes.
 
 #include <cuda_runtime.h>
 

@@ -52,8 +52,8 @@ unsigned CeilDiv(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1
 // blockIdx.x is a row of `to`, blockIdx.y a run of blockDim.x units of it.
 template <class Unit>
 __global__ void CopyRowsKernel(const Unit* from, const int32_t* index, int64_t units, Unit* to) {
-  WaitForPrevious();
   LetNextStart();
+  WaitForPrevious();
   const int64_t unit = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (unit >= units) return;
   to[int64_t{blockIdx.x} * units + unit] = from[index[blockIdx.x] * units + unit];
@@ -88,8 +88,8 @@ __device__ __forceinline__ float WarpSum(float x) {
 }
 
 // The sum over the CTA, the same bits in every thread: warps first, then their sums in order.
-__device__ __forceinline__ float BlockSum(float x) {
-  __shared__ float of_warp[kWarp];
+// `of_warp` [kWarp] may be used again after the next barrier of the CTA.
+__device__ __forceinline__ float BlockSum(float x, float* of_warp) {
   x = WarpSum(x);
   const int warps = (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp;
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
@@ -98,11 +98,14 @@ __device__ __forceinline__ float BlockSum(float x) {
   return WarpSum(lane < warps ? of_warp[lane] : 0.0f);
 }
 
-// A CTA per row; a thread holds kVectors vectors of it. blockDim.x depends on D alone, and so do
-// the order of the sum and the bits of the row.
+// A CTA takes a row, or where there are many every gridDim.x-th, of which the next is on its way
+// while one is worked on; a thread holds kVectors vectors of a row, and of the weight for all rows.
+// blockDim.x depends on D alone, and so do the order of the sum and the bits of the row.
 template <int kVectors>
-__global__ void RmsNormKernel(const Bf16x8* x, const float4* weight, int vectors, float eps,
-                              Bf16x8* out) {
+__global__ void RmsNormKernel(const Bf16x8* x, const float4* weight, int64_t rows, int vectors,
+                              float eps, Bf16x8* out) {
+  __shared__ float of_warp[2][kWarp];
+  LetNextStart();
   // The weight is nobody's output, so it may come before the wait.
   float4 scale[kVectors][2];
 #pragma unroll
@@ -113,45 +116,55 @@ __global__ void RmsNormKernel(const Bf16x8* x, const float4* weight, int vectors
     scale[i][1] = __ldg(weight + 2 * v + 1);
   }
   WaitForPrevious();
-  LetNextStart();
-  const Bf16x8* const row = x + int64_t{blockIdx.x} * vectors;
-  float value[kVectors][kVector];
-  float squares = 0;
+  Bf16x8 next[kVectors];
+  const auto fetch = [&](int64_t row) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
-    if (v >= vectors) continue;
-    Widen(row[v], value[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
+      if (v < vectors) next[i] = x[row * vectors + v];
+    }
+  };
+  int turn = 0;
+  fetch(blockIdx.x);
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+    float value[kVectors][kVector];
+    float squares = 0;
 #pragma unroll
-    for (float a : value[i]) squares = fmaf(a, a, squares);
-  }
-  const float mean = BlockSum(squares) / static_cast<float>(vectors * kVector);
-  const float inverse = 1.0f / sqrtf(mean + eps);
-  Bf16x8* const to = out + int64_t{blockIdx.x} * vectors;
+    for (int i = 0; i < kVectors; ++i) {
+      if (static_cast<int>(threadIdx.x + i * blockDim.x) >= vectors) continue;
+      Widen(next[i], value[i]);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
-    if (v >= vectors) continue;
-    const float by[kVector] = {scale[i][0].x, scale[i][0].y, scale[i][0].z, scale[i][0].w,
-                               scale[i][1].x, scale[i][1].y, scale[i][1].z, scale[i][1].w};
+      for (float a : value[i]) squares = fmaf(a, a, squares);
+    }
+    if (row + gridDim.x < rows) fetch(row + gridDim.x);
+    const float mean = BlockSum(squares, of_warp[turn]) / static_cast<float>(vectors * kVector);
+    const float inverse = 1.0f / sqrtf(mean + eps);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) value[i][j] = value[i][j] * inverse * by[j];
-    to[v] = Narrow(value[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
+      if (v >= vectors) continue;
+      const float by[kVector] = {scale[i][0].x, scale[i][0].y, scale[i][0].z, scale[i][0].w,
+                                 scale[i][1].x, scale[i][1].y, scale[i][1].z, scale[i][1].w};
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) value[i][j] = value[i][j] * inverse * by[j];
+      out[row * vectors + v] = Narrow(value[i]);
+    }
   }
 }
 
 // Rows of any length, and of more than the kernel above holds in registers.
 __global__ void RmsNormAnyKernel(const __nv_bfloat16* x, const float* weight, int64_t cols,
                                  float eps, __nv_bfloat16* out) {
-  WaitForPrevious();
+  __shared__ float of_warp[kWarp];
   LetNextStart();
+  WaitForPrevious();
   const __nv_bfloat16* const row = x + blockIdx.x * cols;
   float squares = 0;
   for (int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
     const float a = __bfloat162float(row[j]);
     squares = fmaf(a, a, squares);
   }
-  const float mean = BlockSum(squares) / static_cast<float>(cols);
+  const float mean = BlockSum(squares, of_warp) / static_cast<float>(cols);
   const float inverse = 1.0f / sqrtf(mean + eps);
   for (int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
     out[blockIdx.x * cols + j] =
@@ -169,8 +182,8 @@ __device__ __forceinline__ float SiluTimes(float gate, float up) {
 constexpr int kSiluThreads = 128;
 
 __global__ void SiluMulKernel(const Bf16x8* gate, const Bf16x8* up, int64_t vectors, Bf16x8* out) {
-  WaitForPrevious();
   LetNextStart();
+  WaitForPrevious();
   const int64_t v = int64_t{blockIdx.x} * kSiluThreads + threadIdx.x;
   if (v >= vectors) return;
   float g[kVector], u[kVector];
@@ -183,8 +196,8 @@ __global__ void SiluMulKernel(const Bf16x8* gate, const Bf16x8* up, int64_t vect
 
 __global__ void SiluMulAnyKernel(const __nv_bfloat16* gate, const __nv_bfloat16* up, int64_t count,
                                  __nv_bfloat16* out) {
-  WaitForPrevious();
   LetNextStart();
+  WaitForPrevious();
   const int64_t i = int64_t{blockIdx.x} * kSiluThreads + threadIdx.x;
   if (i >= count) return;
   out[i] = __float2bfloat16_rn(SiluTimes(__bfloat162float(gate[i]), __bfloat162float(up[i])));
@@ -222,8 +235,8 @@ constexpr int kRopeThreads = 128;
 // A thread per (row, j).
 __global__ void RopeTableKernel(const int32_t* positions, int64_t count, const float* inv_freq,
                                 int half, float factor, float* cos, float* sin) {
-  WaitForPrevious();
   LetNextStart();
+  WaitForPrevious();
   const int64_t i = int64_t{blockIdx.x} * kRopeThreads + threadIdx.x;
   if (i >= count) return;
   // The angle is rounded to f32, as in the reference implementations the models come from.
@@ -266,9 +279,10 @@ void RmsNorm(Context& context, const RmsNormParams& params) {
   const int vectors = static_cast<int>(cols / kVector);
   const auto launch = [&](auto kernel, int per_thread) {
     const unsigned threads = CeilDiv(CeilDiv(vectors, per_thread), kWarp) * kWarp;
-    LaunchOverlapped(context.stream, kernel, grid, threads, 0, 1,
+    const unsigned resident = static_cast<unsigned>(context.device.sms) * (1536 / threads);
+    LaunchOverlapped(context.stream, kernel, std::min(grid, resident), threads, 0, 1,
                      static_cast<const Bf16x8*>(params.x.data),
-                     reinterpret_cast<const float4*>(params.weight), vectors, params.eps,
+                     reinterpret_cast<const float4*>(params.weight), rows, vectors, params.eps,
                      static_cast<Bf16x8*>(params.out.data));
   };
   if (vectors <= kMaxThreads) {

@@ -64,13 +64,15 @@ struct Head {
 
   __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-  __device__ __forceinline__ void Load(const __nv_bfloat16* from) {
+  __device__ __forceinline__ static Packed Fetch(const __nv_bfloat16* from, int half) {
+    return reinterpret_cast<const Packed*>(from + half * kHalf)[Lane()];
+  }
+  __device__ __forceinline__ void Unpack(const Packed (&bits)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const Packed bits = reinterpret_cast<const Packed*>(from + h * kHalf)[Lane()];
 #pragma unroll
       for (int e = 0; e < kEach; ++e) {
-        x[h][e] = __uint_as_float((static_cast<uint32_t>(bits) >> (16 * e)) << 16);
+        x[h][e] = __uint_as_float((static_cast<uint32_t>(bits[h]) >> (16 * e)) << 16);
       }
     }
   }
@@ -99,14 +101,8 @@ struct Head {
     return WarpSum(sum);
   }
 
-  __device__ __forceinline__ void NormAndRotate(const float* norm, float eps, const float* cos,
-                                                const float* sin) {
-    float c[kEach], s[kEach];
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      c[e] = cos[Lane() * kEach + e];
-      s[e] = sin[Lane() * kEach + e];
-    }
+  __device__ __forceinline__ void NormAndRotate(const float* norm, float eps,
+                                                const float (&c)[kEach], const float (&s)[kEach]) {
     if (norm != nullptr) {
       const float scale = 1.0f / sqrtf(SumOfSquares() / static_cast<float>(kDim) + eps);
 #pragma unroll
@@ -158,6 +154,37 @@ struct Head {
       const float a = x[0][e], b = x[1][e];
       x[0][e] = a + b;
       x[1][e] = a - b;
+    }
+  }
+};
+
+// One head of one row: where it is and what has been loaded of it. Roles: 0 the key, 1 the value, r
+// the group's query head r - 2; past those there is nothing to load.
+template <int kDim>
+struct Work {
+  static constexpr int kEach = Head<kDim>::kEach;
+  int role;
+  int offset;  // Of the row in its PageWrite.
+  const __nv_bfloat16* from;
+  typename Head<kDim>::Packed bits[2];
+  float cos[kEach], sin[kEach];
+
+  __device__ __forceinline__ Work(const QkvPostArgs& args, const PageWrite& write, int kv_head,
+                                  int role_in, int offset_in)
+      : role(role_in), offset(offset_in) {
+    if (role >= args.group + 2) return;
+    const int64_t row = write.row_begin + offset;
+    const int64_t kv = row * args.kv_heads + kv_head;
+    from = role == 0   ? args.k + kv * kDim
+           : role == 1 ? args.v + kv * kDim
+                       : args.q + (kv * args.group + role - 2) * kDim;
+    bits[0] = Head<kDim>::Fetch(from, 0);
+    bits[1] = Head<kDim>::Fetch(from, 1);
+    const int64_t angle = row * (kDim / 2) + Head<kDim>::Lane() * kEach;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      cos[e] = args.cos[angle + e];
+      sin[e] = args.sin[angle + e];
     }
   }
 };
@@ -271,8 +298,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) QkvPostKernel(const QkvPostA
   using Shared =
       std::conditional_t<kKind == SelectorKind::kSketch, SketchShared<kDim>, MinMaxShared<kDim>>;
   __shared__ Shared shared;
-  WaitForPrevious();
   LetNextStart();
+  WaitForPrevious();
   const int kv_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(args.kv_heads));
   const PageWrite write = args.writes[blockIdx.x / static_cast<unsigned>(args.kv_heads)];
   const int slots = write.slots;
@@ -288,35 +315,35 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) QkvPostKernel(const QkvPostA
     }
   }
 
-  // Keys first, since they take longest, then values, then the query heads.
+  // Keys first, since they take longest, then values, then the query heads. What the next head
+  // needs is on its way while one is worked on.
+  using HeadOf = Head<kDim>;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  const int tasks = slots * (args.group + 2);
-  for (int task = static_cast<int>(threadIdx.x) / kWarp; task < tasks; task += warps) {
-    const int role = task / slots;
-    const int offset = task - role * slots;
-    const int slot = write.slot_begin + offset;
-    const int64_t row = write.row_begin + offset;
-    const float* const cos = args.cos + row * (kDim / 2);
-    const float* const sin = args.sin + row * (kDim / 2);
-    Head<kDim> head;
-    if (role == 0) {
-      head.Load(args.k + (row * args.kv_heads + kv_head) * kDim);
-      head.NormAndRotate(args.k_norm, args.eps, cos, sin);
+  const int role_step = warps / slots;
+  const int offset_step = warps - role_step * slots;
+  const int first = static_cast<int>(threadIdx.x) / kWarp;
+  Work<kDim> next(args, write, kv_head, first / slots, first % slots);
+  while (next.role < args.group + 2) {
+    const Work<kDim> work = next;
+    const bool wraps = work.offset + offset_step >= slots;
+    next = Work<kDim>(args, write, kv_head, work.role + role_step + (wraps ? 1 : 0),
+                      work.offset + offset_step - (wraps ? slots : 0));
+    const int slot = write.slot_begin + work.offset;
+    HeadOf head;
+    head.Unpack(work.bits);
+    if (work.role == 0) {
+      head.NormAndRotate(args.k_norm, args.eps, work.cos, work.sin);
       head.Store(k_page + slot * kDim);
       if constexpr (kKind == SelectorKind::kSketch) {
         BuildSketch<kDim>(head, args.planes, slot, &shared);
       } else {
         head.Store(shared.keys[slot]);
       }
-    } else if (role == 1) {
-      head.Load(args.v + (row * args.kv_heads + kv_head) * kDim);
+    } else if (work.role == 1) {
       head.Store(v_page + slot * kDim);
     } else {
-      __nv_bfloat16* const q =
-          args.q + ((row * args.kv_heads + kv_head) * args.group + role - 2) * kDim;
-      head.Load(q);
-      head.NormAndRotate(args.q_norm, args.eps, cos, sin);
-      head.Store(q);
+      head.NormAndRotate(args.q_norm, args.eps, work.cos, work.sin);
+      head.Store(const_cast<__nv_bfloat16*>(work.from));
     }
   }
   __syncthreads();

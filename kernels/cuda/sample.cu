@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
@@ -36,10 +37,14 @@ constexpr int kCluster = 8;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kStep = 4 * kWarp;        // Ids that a warp takes at a time.
-constexpr int kMaxSteps = 26;           // Of a warp's run: 208 KiB of shared memory.
-constexpr int kThresholds = 8;          // Per pass of a search.
+constexpr int kBatch = 5;               // Steps that a thread holds in registers.
+constexpr int kMaxSteps = 25;           // Of a warp's run: 200 KiB of shared memory.
+constexpr int kCoarse = 8;              // Thresholds of a search's pass over many tokens,
+constexpr uint32_t kFewTokens = 2048;   // and a pass over no more than so many has
+constexpr int kFine = kWarp;            // one threshold per lane.
 constexpr uint32_t kGone = 0x7f800000;  // The distance of a token without weight: +infinity.
 constexpr uint32_t kNone = 0xffffffff;
+static_assert(kCluster <= kWarps && kWarps <= kWarp && kMaxSteps <= kWarp);
 
 struct SampleArgs {
   const float* logits;  // [R, V]
@@ -59,24 +64,24 @@ struct Partial {
 };
 // How many tokens lie below each of some thresholds, and their weight.
 struct Tally {
-  double weight[kThresholds];
-  uint32_t count[kThresholds];
+  double weight[kFine];
+  uint32_t count[kFine];
 };
 
 // What is exchanged between CTAs is written into both halves of a double buffer in turn: a CTA may
 // be one cluster barrier ahead of another, never two.
 struct Shared {
+  SampleRow row;
   Partial warp_partial[kWarps];
   Partial cta_partial[2][kCluster];
   Tally warp_tally[kWarps];
   Tally cta_tally[2][kCluster];
   double warp_weight[kWarps];
-  float step_weight[kWarps][kMaxSteps];
+  float step_weight[kWarps][kWarp];
   double cta_weight[2][kCluster];
   int32_t picked;
-  uint64_t warp_top[kWarps][kMaxTopLogprobs];
-  uint64_t cta_top[kMaxTopLogprobs];
-  uint64_t cluster_top[kCluster][kMaxTopLogprobs];  // Of the first CTA.
+  uint32_t num_top;  // The first CTA's, like all below: the top logits, in any order.
+  uint64_t top[kMaxTopLogprobs];
   SampleResult result;
 };
 
@@ -84,11 +89,6 @@ __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % k
 __device__ __forceinline__ int Warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 __device__ __forceinline__ double WarpSum(double x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-__device__ __forceinline__ float WarpSum(float x) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
@@ -103,10 +103,32 @@ __device__ __forceinline__ float FromOrderedKey(uint32_t key) {
   return __uint_as_float((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
 }
 
+// exp(x) for x <= 0, good to 2e-7 (1 + |x|): one product and one instruction.
+__device__ __forceinline__ float QuickExp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+}
+
 // The weight of a token at distance u (the bits of a float >= 0).
 __device__ __forceinline__ float Weight(uint32_t u) { return expf(-__uint_as_float(u)); }
 
-// What a search found: tokens at distances below `lo` are kept, those from `hi` on are not. Between
+// What a search goes by: a key that falls with the logit, the weight of a key, and the keys at some
+// distances below the highest logit, where its first pass looks.
+struct ByDistance {  // What shared memory holds are distances.
+  __device__ __forceinline__ uint32_t Key(float x) const { return __float_as_uint(x); }
+  __device__ __forceinline__ float WeightOf(uint32_t key) const { return Weight(key); }
+  __device__ __forceinline__ uint32_t At(float distance) const { return __float_as_uint(distance); }
+};
+struct ByLogit {                                // They are logits; nobody asks for weights.
+  static constexpr uint32_t kEnd = 0xff800000;  // The key of -infinity.
+  float top;
+  __device__ __forceinline__ uint32_t Key(float x) const { return ~OrderedKey(x); }
+  __device__ __forceinline__ float WeightOf(uint32_t) const { return 0.0f; }
+  __device__ __forceinline__ uint32_t At(float distance) const { return Key(top - distance); }
+};
+
+// What a search found: tokens with keys below `lo` are kept, those from `hi` on are not. Between
 // them lies one token, which is kept, or hi == lo + 1 and tokens that tie.
 struct Found {
   uint32_t lo, hi;
@@ -129,20 +151,19 @@ struct Kept {
 // One CTA's part of a row.
 class Sampler {
  public:
-  __device__ Sampler(const SampleArgs& args, const SampleRow& row, Shared* shared, float4* slice)
+  __device__ Sampler(const SampleArgs& args, Shared* shared, float4* slice)
       : args_(args),
-        row_(row),
+        row_(shared->row),
         shared_(*shared),
         slice_(slice),
         cluster_(cg::this_cluster()),
         rank_(static_cast<int>(cluster_.block_rank())),
-        begin_(rank_ * kWarps * args.steps * kStep),
-        raw_(args.logits + int64_t{row.row} * args.vocabulary) {}
+        begin_(rank_ * kWarps * args.steps * kStep) {}
 
   __device__ void Run();
 
  private:
-  // Calls body(the lane's four values, the id of the first) for each step of the warp.
+  // Calls body(the lane's four values, the id of the first, the step) for each step of the warp.
   template <class Body>
   __device__ __forceinline__ void ForSteps(const Body& body) {
     const int first = Warp() * args_.steps;
@@ -170,22 +191,27 @@ class Sampler {
     turn_ ^= 1;
   }
 
-  __device__ __forceinline__ float4 LoadStep(int at) const;
-  __device__ void Load(float* top, int32_t* id, bool* bad);
-  __device__ Partial Combine(float top, int32_t id, bool bad, bool sum);
-  __device__ void SendTopLogprobs();
-  __device__ void MergeTopLogprobs(double log_sum);
+  __device__ __forceinline__ void CopyStep(const float* raw, int at);
+  __device__ Partial Load(const float* raw);
+  __device__ Partial Combine(const Partial& own, bool with_sum);
+  __device__ void GatherTop(float top);
+  __device__ void ReportTop(double log_sum);
   __device__ bool ChangesLogits() const;
   __device__ void ChangeLogits();
-  __device__ void TallyBelow(const uint32_t (&thresholds)[kThresholds], uint32_t from,
-                             uint32_t* count, double* weight);
-  template <class Enough>
-  __device__ Found Search(uint32_t end, const Enough& enough);
+  template <class By>
+  __device__ void TallyMany(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
+                            double* weight);
+  template <class By>
+  __device__ void TallyFew(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
+                           double* weight);
+  __device__ void SumTallies(int thresholds, uint32_t* count, double* weight);
+  template <class By, class Enough>
+  __device__ Found Search(const By& by, uint32_t end, const Enough& enough);
   __device__ Kept Filter();
   template <class WeightOf, class Target>
   __device__ int32_t Pick(const WeightOf& weight_of, const Target& target);
   __device__ int32_t Draw(float top);
-  __device__ void Finish(bool finite, int32_t token, double log_sum);
+  __device__ void Finish(bool finite, int32_t token, const Partial& raw);
 
   const SampleArgs& args_;
   const SampleRow& row_;
@@ -193,150 +219,130 @@ class Sampler {
   float4* const slice_;  // [kWarps * steps * kWarp]
   const cg::cluster_group cluster_;
   const int rank_;
-  const int begin_;         // The slice's first id.
-  const float* const raw_;  // The row in global memory.
-  int turn_ = 0;            // Of the double buffers.
+  const int begin_;  // The slice's first id.
+  int turn_ = 0;     // Of the double buffers.
 };
 
 // ---- load ---------------------------------------------------------------------------------------
 
-// Four logits; -infinity past the vocabulary.
-__device__ __forceinline__ float4 Sampler::LoadStep(int at) const {
+// Brings four logits into shared memory, -infinity past the vocabulary.
+__device__ __forceinline__ void Sampler::CopyStep(const float* raw, int at) {
   const int id = begin_ + 4 * at;
   if (args_.aligned && id + 4 <= args_.vocabulary) {
-    return __ldg(reinterpret_cast<const float4*>(raw_ + id));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(slice_ + at))),
+                 "l"(raw + id)
+                 : "memory");
+    return;
   }
-  const auto one = [&](int i) { return i < args_.vocabulary ? raw_[i] : -INFINITY; };
-  return make_float4(one(id), one(id + 1), one(id + 2), one(id + 3));
+  const auto one = [&](int i) { return i < args_.vocabulary ? raw[i] : -INFINITY; };
+  slice_[at] = make_float4(one(id), one(id + 1), one(id + 2), one(id + 3));
 }
 
-__device__ void Sampler::Load(float* top, int32_t* id, bool* bad) {
-  constexpr int kUnroll = 4;
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;"); }
+// Until all but the `behind` latest groups of the thread's copies are there.
+__device__ __forceinline__ void WaitForCopies(int behind) {
+  static_assert((kMaxSteps + kBatch - 1) / kBatch <= 5);
+  switch (behind) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 3:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
+      break;
+  }
+}
+
+// All of the thread's part of the row is under way at once; what has come is looked at meanwhile,
+// its exponentials summed up relative to the maximum so far.
+__device__ Partial Sampler::Load(const float* raw) {
   const int first = Warp() * args_.steps;
-  *top = -INFINITY;
-  *id = 0;
-  *bad = false;
-  const auto look = [&](float x, int32_t at) {
-    if (x > *top) {
-      *top = x;
-      *id = at;
-    }
-    *bad |= !(x < INFINITY);
-  };
-  for (int s = 0; s < args_.steps; s += kUnroll) {
-    float4 v[kUnroll];
+  const int batches = (args_.steps + kBatch - 1) / kBatch;
+  for (int batch = 0; batch < batches; ++batch) {
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (s + i < args_.steps) v[i] = LoadStep((first + s + i) * kWarp + Lane());
+    for (int i = 0; i < kBatch; ++i) {
+      const int s = batch * kBatch + i;
+      if (s < args_.steps) CopyStep(raw, (first + s) * kWarp + Lane());
     }
+    CommitCopies();
+  }
+  Partial own = {.sum = 0, .top = -INFINITY, .id = 0x7fffffff, .bad = 0};
+  float sum = 0;
+  for (int batch = 0; batch < batches; ++batch) {
+    WaitForCopies(batches - 1 - batch);
+    float4 v[kBatch];
+    const float top_before = own.top;
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (s + i >= args_.steps) break;
-      const int at = (first + s + i) * kWarp + Lane();
-      slice_[at] = v[i];
-      look(v[i].x, begin_ + 4 * at);
-      look(v[i].y, begin_ + 4 * at + 1);
-      look(v[i].z, begin_ + 4 * at + 2);
-      look(v[i].w, begin_ + 4 * at + 3);
+    for (int i = 0; i < kBatch; ++i) {
+      const int s = batch * kBatch + i;
+      const int at = (first + s) * kWarp + Lane();
+      v[i] = s < args_.steps ? slice_[at] : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+      const auto look = [&](float x, int part) {
+        if (x > own.top) {
+          own.top = x;
+          own.id = begin_ + 4 * at + part;
+        }
+      };
+      look(v[i].x, 0);
+      look(v[i].y, 1);
+      look(v[i].z, 2);
+      look(v[i].w, 3);
+    }
+    // Until there is a maximum, everything counts as itself: nothing, or NaN.
+    const float base = own.top == -INFINITY ? 0.0f : own.top;
+    if (top_before != base) sum *= QuickExp(top_before - base);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      sum += QuickExp(v[i].x - base) + QuickExp(v[i].y - base) + QuickExp(v[i].z - base) +
+             QuickExp(v[i].w - base);
     }
   }
+  // NaN makes the sum NaN, and so does +infinity less itself.
+  own.bad = isnan(sum) ? 1 : 0;
+  own.sum = double{sum};
+  return own;
 }
 
-// Threads' maxima (and, with `sum`, the exponentials of their tokens) to the row's.
-__device__ Partial Sampler::Combine(float top, int32_t id, bool bad, bool sum) {
-  const uint32_t key = OrderedKey(top);
+// The lanes' parts as one, in every lane; its sum only `with_sum`.
+__device__ __forceinline__ Partial MergeLanes(const Partial& part, bool with_sum) {
+  const uint32_t key = OrderedKey(part.top);
   const uint32_t best = __reduce_max_sync(~0u, key);
-  const auto lowest =
-      static_cast<int32_t>(__reduce_min_sync(~0u, key == best ? static_cast<uint32_t>(id) : kNone));
-  const bool any_bad = __any_sync(~0u, bad);
-  const float warp_top = FromOrderedKey(best);
-  float own = 0;
-  if (sum && warp_top != -INFINITY) ForTokens([&](float x, int) { own += expf(x - warp_top); });
-  const double warp_sum = sum ? WarpSum(double{own}) : 0.0;
-  if (Lane() == 0) shared_.warp_partial[Warp()] = {warp_sum, warp_top, lowest, any_bad};
-  __syncthreads();
+  Partial all;
+  all.top = FromOrderedKey(best);
+  all.id = static_cast<int32_t>(
+      __reduce_min_sync(~0u, key == best ? static_cast<uint32_t>(part.id) : kNone));
+  all.bad = static_cast<uint32_t>(__any_sync(~0u, part.bad != 0));
+  all.sum = 0;
+  if (with_sum) {
+    const bool some = part.sum > 0;
+    all.sum = WarpSum(some ? part.sum * static_cast<double>(expf(part.top - all.top)) : 0.0);
+  }
+  return all;
+}
 
-  // Ids rise with warps and with CTAs, so that the first of equal maxima has the lowest.
-  const auto merge = [](const Partial* parts, int count) {
-    Partial all = parts[0];
-    for (int i = 1; i < count; ++i) {
-      all.bad |= parts[i].bad;
-      if (parts[i].top > all.top) {
-        all.top = parts[i].top;
-        all.id = parts[i].id;
-      }
-    }
-    all.sum = 0;
-    if (all.top == -INFINITY) return all;
-    for (int i = 0; i < count; ++i) {
-      all.sum += parts[i].sum * static_cast<double>(expf(parts[i].top - all.top));
-    }
-    return all;
-  };
-  if (threadIdx.x < kCluster) {
-    *Of(static_cast<int>(threadIdx.x), &shared_.cta_partial[turn_][rank_]) =
-        merge(shared_.warp_partial, kWarps);
+// Threads' parts to the row's. The first CTA alone learns the sum.
+__device__ Partial Sampler::Combine(const Partial& own, bool with_sum) {
+  constexpr Partial kEmpty = {.sum = 0, .top = -INFINITY, .id = 0x7fffffff, .bad = 0};
+  Partial part = MergeLanes(own, with_sum);
+  if (Lane() == 0) shared_.warp_partial[Warp()] = part;
+  __syncthreads();
+  if (Warp() == 0) {
+    part = MergeLanes(Lane() < kWarps ? shared_.warp_partial[Lane()] : kEmpty, with_sum);
+    if (Lane() < kCluster) *Of(Lane(), &shared_.cta_partial[turn_][rank_]) = part;
   }
   const int turn = turn_;
   SyncCluster();
-  return merge(shared_.cta_partial[turn], kCluster);
-}
-
-// ---- top logprobs -------------------------------------------------------------------------------
-
-// A token as one number that rises with its logit and falls with its id; 0 is no token.
-__device__ __forceinline__ uint64_t TopKey(float x, int32_t id) {
-  return x == -INFINITY ? 0 : uint64_t{OrderedKey(x)} << 32 | ~static_cast<uint32_t>(id);
-}
-
-// Every warp takes out its highest tokens one by one, the CTA ranks the warps' lists, and the first
-// CTA gets the CTAs' lists.
-__device__ void Sampler::SendTopLogprobs() {
-  const int wanted = row_.top_logprobs;
-  uint64_t below = ~uint64_t{0};
-  for (int i = 0; i < wanted; ++i) {
-    // The lane's highest that is not out yet; only the lane of the last one has to look again.
-    uint64_t mine = 0;
-    ForTokens([&](float x, int id) {
-      const uint64_t key = TopKey(x, id);
-      if (key < below && key > mine) mine = key;
-    });
-    const uint32_t high = __reduce_max_sync(~0u, static_cast<uint32_t>(mine >> 32));
-    const uint32_t low = __reduce_max_sync(
-        ~0u, static_cast<uint32_t>(mine >> 32) == high ? static_cast<uint32_t>(mine) : 0u);
-    below = uint64_t{high} << 32 | low;
-    if (Lane() == 0) shared_.warp_top[Warp()][i] = below;
-  }
-  if (threadIdx.x < kMaxTopLogprobs) shared_.cta_top[threadIdx.x] = 0;
-  __syncthreads();
-  const int entries = kWarps * wanted;
-  for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
-    const uint64_t key = shared_.warp_top[i / wanted][i % wanted];
-    if (key == 0) continue;
-    int place = 0;
-    for (int j = 0; j < entries; ++j) place += shared_.warp_top[j / wanted][j % wanted] > key;
-    if (place < wanted) shared_.cta_top[place] = key;
-  }
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < wanted) {
-    *Of(0, &shared_.cluster_top[rank_][threadIdx.x]) = shared_.cta_top[threadIdx.x];
-  }
-}
-
-__device__ void Sampler::MergeTopLogprobs(double log_sum) {
-  const int wanted = row_.top_logprobs;
-  const int entries = kCluster * wanted;
-  for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
-    const uint64_t key = shared_.cluster_top[i / wanted][i % wanted];
-    if (key == 0) continue;
-    int place = 0;
-    for (int j = 0; j < entries; ++j) place += shared_.cluster_top[j / wanted][j % wanted] > key;
-    if (place >= wanted) continue;
-    shared_.result.top_ids.begin()[place] = static_cast<int32_t>(~static_cast<uint32_t>(key));
-    shared_.result.top_logprobs.begin()[place] =
-        static_cast<float>(double{FromOrderedKey(static_cast<uint32_t>(key >> 32))} - log_sum);
-    atomicAdd(&shared_.result.num_top, 1);
-  }
+  return MergeLanes(Lane() < kCluster ? shared_.cta_partial[turn][Lane()] : kEmpty,
+                    with_sum && rank_ == 0);
 }
 
 // ---- bias and penalties -------------------------------------------------------------------------
@@ -401,108 +407,146 @@ __device__ __forceinline__ T WarpSumOfEight(T (&v)[8]) {
   return v[0] + __shfl_xor_sync(~0u, v[0], 1);
 }
 
-// For the threshold l % 8 of lane l, over all of the row: the tokens at distances in
-// [from, threshold) and their weight.
-__device__ void Sampler::TallyBelow(const uint32_t (&thresholds)[kThresholds], uint32_t from,
-                                    uint32_t* count, double* weight) {
-  uint32_t counts[kThresholds] = {};
-  float weights[kThresholds] = {};
-  ForTokens([&](float x, int) {
-    const uint32_t u = __float_as_uint(x);
-    if (u < from || u >= thresholds[kThresholds - 1]) return;
-    const float w = Weight(u);
+// The sum of n values (a power of two), pairs first: a short chain of additions.
+template <int n, class T, class Value>
+__device__ __forceinline__ T PairSum(const Value& value) {
+  T v[n];
 #pragma unroll
-    for (int j = 0; j < kThresholds; ++j) {
-      counts[j] += u < thresholds[j];
-      weights[j] += u < thresholds[j] ? w : 0.0f;
-    }
-  });
-  double wide[kThresholds];
+  for (int i = 0; i < n; ++i) v[i] = value(i);
 #pragma unroll
-  for (int j = 0; j < kThresholds; ++j) wide[j] = weights[j];
-  const uint32_t warp_count = WarpSumOfEight(counts);
-  const double warp_weight = WarpSumOfEight(wide);
-  if (Lane() % 4 == 0) {
-    shared_.warp_tally[Warp()].count[Lane() / 4] = warp_count;
-    shared_.warp_tally[Warp()].weight[Lane() / 4] = warp_weight;
+  for (int width = n / 2; width >= 1; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
   }
-  __syncthreads();
-  if (threadIdx.x < kCluster * kThresholds) {
-    const int j = static_cast<int>(threadIdx.x) % kThresholds;
-    uint32_t n = 0;
-    double w = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      n += shared_.warp_tally[i].count[j];
-      w += shared_.warp_tally[i].weight[j];
-    }
-    Tally* const to =
-        Of(static_cast<int>(threadIdx.x) / kThresholds, &shared_.cta_tally[turn_][rank_]);
-    to->count[j] = n;
-    to->weight[j] = w;
-  }
-  const int turn = turn_;
-  SyncCluster();
-  *count = 0;
-  *weight = 0;
-#pragma unroll
-  for (int i = 0; i < kCluster; ++i) {
-    *count += shared_.cta_tally[turn][i].count[Lane() % kThresholds];
-    *weight += shared_.cta_tally[turn][i].weight[Lane() % kThresholds];
-  }
+  return v[0];
 }
 
-// The lowest bound at which enough(tokens below, their weight), among the tokens below `end`. When
-// even all of those are not enough, lo == hi == end.
-template <class Enough>
-__device__ Found Sampler::Search(uint32_t end, const Enough& enough) {
-  // Distances 1/2, 1, 2, 3, 4, 6 and 9: most of what filters keep of a peaked row is there.
-  constexpr uint32_t kFirst[kThresholds - 1] = {0x3f000000, 0x3f800000, 0x40000000, 0x40400000,
-                                                0x40800000, 0x40c00000, 0x41100000};
-  Found found = {.lo = 0, .hi = end, .count_lo = 0, .count_hi = 0, .weight_lo = 0, .weight_hi = 0};
-  uint32_t thresholds[kThresholds];
+// The warp's tokens with keys in [from, threshold), and their weight, for the threshold of each of
+// the first kCoarse lanes. Every lane compares its own tokens with all of them.
+template <class By>
+__device__ void Sampler::TallyMany(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
+                                   double* weight) {
+  uint32_t thresholds[kCoarse];
 #pragma unroll
-  for (int j = 0; j < kThresholds; ++j) {
-    thresholds[j] = j < kThresholds - 1 ? min(kFirst[j], end) : end;
+  for (int j = 0; j < kCoarse; ++j) thresholds[j] = __shfl_sync(~0u, threshold, j);
+  uint32_t counts[kCoarse] = {};
+  float weights[kCoarse] = {};
+  ForTokens([&](float x, int) {
+    const uint32_t key = by.Key(x);
+    if (key < from || key >= thresholds[kCoarse - 1]) return;
+    const float w = by.WeightOf(key);
+#pragma unroll
+    for (int j = 0; j < kCoarse; ++j) {
+      counts[j] += key < thresholds[j];
+      weights[j] += key < thresholds[j] ? w : 0.0f;
+    }
+  });
+  double wide[kCoarse];
+#pragma unroll
+  for (int j = 0; j < kCoarse; ++j) wide[j] = weights[j];
+  // Sums l / 4 to lanes l.
+  *count = __shfl_sync(~0u, WarpSumOfEight(counts), Lane() % kCoarse * 4);
+  *weight = __shfl_sync(~0u, WarpSumOfEight(wide), Lane() % kCoarse * 4);
+}
+
+// The same for a threshold per lane: every token there is shown to all lanes.
+template <class By>
+__device__ void Sampler::TallyFew(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
+                                  double* weight) {
+  const uint32_t end = __shfl_sync(~0u, threshold, kFine - 1);
+  *count = 0;
+  *weight = 0;
+  ForSteps([&](const float4& v, int, int) {
+    const uint32_t key[4] = {by.Key(v.x), by.Key(v.y), by.Key(v.z), by.Key(v.w)};
+    bool some = false;
+#pragma unroll
+    for (uint32_t k : key) some |= k >= from && k < end;
+    if (!__any_sync(~0u, some)) return;
+#pragma unroll
+    for (uint32_t k : key) {
+      const bool in = k >= from && k < end;
+      const float w = in ? by.WeightOf(k) : 0.0f;
+      for (uint32_t lanes = __ballot_sync(~0u, in); lanes != 0; lanes &= lanes - 1) {
+        const int lane = __ffs(static_cast<int>(lanes)) - 1;
+        const bool below = __shfl_sync(~0u, k, lane) < threshold;
+        const float shown = __shfl_sync(~0u, w, lane);
+        *count += below;
+        *weight += below ? double{shown} : 0.0;
+      }
+    }
+  });
+}
+
+// The warps' tallies to the row's: lane l < thresholds has those of threshold l.
+__device__ void Sampler::SumTallies(int thresholds, uint32_t* count, double* weight) {
+  const int lane = Lane();
+  const int turn = turn_;
+  if (lane < thresholds) {
+    shared_.warp_tally[Warp()].count[lane] = *count;
+    shared_.warp_tally[Warp()].weight[lane] = *weight;
   }
+  __syncthreads();
+  if (Warp() < kCluster && lane < thresholds) {  // A warp per receiver.
+    const Tally* const from = shared_.warp_tally;
+    Tally* const to = Of(Warp(), &shared_.cta_tally[turn][rank_]);
+    to->count[lane] = PairSum<kWarps, uint32_t>([&](int i) { return from[i].count[lane]; });
+    to->weight[lane] = PairSum<kWarps, double>([&](int i) { return from[i].weight[lane]; });
+  }
+  SyncCluster();
+  const Tally* const from = shared_.cta_tally[turn];
+  *count = PairSum<kCluster, uint32_t>([&](int i) { return from[i].count[lane % thresholds]; });
+  *weight = PairSum<kCluster, double>([&](int i) { return from[i].weight[lane % thresholds]; });
+}
+
+// The lowest bound for which enough(tokens below, their weight, the weight of all) holds, among the
+// tokens with keys below `end`. When even all of those are not enough, lo == hi == end.
+template <class By, class Enough>
+__device__ Found Sampler::Search(const By& by, uint32_t end, const Enough& enough) {
+  // Most of what filters keep of a peaked row is less than 9 from the top.
+  constexpr float kFirst[kCoarse] = {0.5f, 1.0f, 2.0f, 3.0f, 4.0f, 6.0f, 9.0f, 0.0f};
+  Found found = {
+      .lo = 0, .hi = end, .count_lo = 0, .count_hi = kNone, .weight_lo = 0, .weight_hi = 0};
+  uint32_t threshold = end;
+#pragma unroll
+  for (int j = 0; j < kCoarse - 1; ++j) {
+    if (Lane() == j) threshold = min(by.At(kFirst[j]), end);
+  }
+  double whole = 0;
   for (bool first = true;; first = false) {
-    uint32_t count = 0;
-    double weight = 0;
-    TallyBelow(thresholds, found.lo, &count, &weight);
+    const bool few = found.count_hi - found.count_lo <= kFewTokens;
+    const int thresholds = few ? kFine : kCoarse;
+    if (!first) {
+      threshold = found.lo + static_cast<uint32_t>(uint64_t{found.hi - found.lo} *
+                                                   static_cast<uint32_t>(Lane() + 1) /
+                                                   static_cast<uint32_t>(thresholds));
+    }
+    uint32_t count;
+    double weight;
+    if (few) {
+      TallyFew(by, found.lo, threshold, &count, &weight);
+    } else {
+      TallyMany(by, found.lo, threshold, &count, &weight);
+    }
+    SumTallies(thresholds, &count, &weight);
     count += found.count_lo;
     weight += found.weight_lo;
+    const int last = thresholds - 1;
+    if (first) whole = __shfl_sync(~0u, weight, last);
     // That the upper end is enough is known from the second pass on.
     const bool lane_enough =
-        enough(count, weight) || (!first && Lane() % kThresholds == kThresholds - 1);
-    const uint32_t ballot = __ballot_sync(~0u, lane_enough) & 0xffu;
-    const int j = ballot == 0 ? kThresholds - 1 : __ffs(static_cast<int>(ballot)) - 1;
+        Lane() <= last && (enough(count, weight, whole) || (!first && Lane() == last));
+    const uint32_t ballot = __ballot_sync(~0u, lane_enough);
+    const int j = ballot == 0 ? last : __ffs(static_cast<int>(ballot)) - 1;
     found.count_hi = __shfl_sync(~0u, count, j);
     found.weight_hi = __shfl_sync(~0u, weight, j);
-    if (ballot == 0) {
-      found.lo = found.hi;
-      found.count_lo = found.count_hi;
-      found.weight_lo = found.weight_hi;
-      return found;
-    }
-    const uint32_t count_before = __shfl_sync(~0u, count, max(j - 1, 0));
-    const double weight_before = __shfl_sync(~0u, weight, max(j - 1, 0));
-    uint32_t lo = found.lo;
-#pragma unroll
-    for (int i = 0; i < kThresholds; ++i) {
-      if (i == j) found.hi = thresholds[i];
-      if (i == j - 1) lo = thresholds[i];
-    }
-    if (j > 0) {
-      found.lo = lo;
-      found.count_lo = count_before;
-      found.weight_lo = weight_before;
+    found.hi = __shfl_sync(~0u, threshold, j);
+    const int before = ballot == 0 ? last : j - 1;
+    if (before >= 0) {
+      found.count_lo = __shfl_sync(~0u, count, before);
+      found.weight_lo = __shfl_sync(~0u, weight, before);
+      found.lo = __shfl_sync(~0u, threshold, before);
     }
     if (found.count_hi - found.count_lo <= 1 || found.hi - found.lo <= 1) return found;
-#pragma unroll
-    for (int i = 0; i < kThresholds; ++i) {
-      thresholds[i] = found.lo + static_cast<uint32_t>(uint64_t{found.hi - found.lo} *
-                                                       static_cast<uint32_t>(i + 1) / kThresholds);
-    }
   }
 }
 
@@ -512,7 +556,8 @@ __device__ Kept Sampler::Filter() {
   double whole = 0;
   if (row_.top_k > 0) {
     const auto wanted = static_cast<uint32_t>(row_.top_k);
-    const Found found = Search(kGone, [&](uint32_t count, double) { return count >= wanted; });
+    const Found found = Search(ByDistance(), kGone,
+                               [&](uint32_t count, double, double) { return count >= wanted; });
     kept.end = found.hi;
     whole = found.weight_hi;
     const uint32_t tied = found.count_hi - found.count_lo;
@@ -523,13 +568,12 @@ __device__ Kept Sampler::Filter() {
     }
   }
   if (row_.top_p < 1.0f) {
-    // Without top_k the whole is known after the first pass, which weighs all tokens: every lane
-    // sees the total at the last threshold.
-    double target = row_.top_k > 0 ? row_.top_p * whole : -1.0;
-    const Found found = Search(kept.end, [&](uint32_t, double weight) {
-      if (target < 0) target = row_.top_p * __shfl_sync(~0u, weight, kThresholds - 1);
-      return weight >= target;
+    const bool chosen = row_.top_k > 0;
+    const Found found = Search(ByDistance(), kept.end, [&](uint32_t, double weight, double all) {
+      if (!chosen) whole = all;
+      return weight >= row_.top_p * whole;
     });
+    const double target = row_.top_p * whole;
     kept.end = found.hi;
     const uint32_t tied = found.count_hi - found.count_lo;
     if (tied > 1) {
@@ -545,21 +589,22 @@ __device__ Kept Sampler::Filter() {
 
 // ---- draw ---------------------------------------------------------------------------------------
 
-// The first of `count` parts at which the running weight passes *target, or, when rounding leaves
-// none, the last that has any weight. *target becomes what it is within that part.
-template <class WeightAt>
-__device__ __forceinline__ int PickPart(int count, const WeightAt& weight_at, double* target) {
-  double sum = 0, before = 0;
-  int chosen = 0;
-  for (int i = 0; i < count; ++i) {
-    const double weight = weight_at(i);
-    if (weight <= 0) continue;
-    chosen = i;
-    before = sum;
-    sum += weight;
-    if (sum > *target) break;
+// The first lane at which the running weight passes *target, or, when rounding leaves none, the
+// last that has any. *target becomes what it is within that lane's part.
+__device__ __forceinline__ int PickLane(double weight, double* target) {
+  double sum = weight;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const double other = __shfl_up_sync(~0u, sum, offset);
+    if (Lane() >= offset) sum += other;
   }
-  *target -= before;
+  const uint32_t some = __ballot_sync(~0u, weight > 0);
+  const uint32_t passes = __ballot_sync(~0u, weight > 0 && sum > *target);
+  const int chosen = passes != 0 ? __ffs(static_cast<int>(passes)) - 1
+                     : some != 0 ? kWarp - 1 - __clz(static_cast<int>(some))
+                                 : 0;
+  const double before = __shfl_sync(~0u, sum, max(chosen - 1, 0));
+  if (chosen > 0) *target -= before;
   return chosen;
 }
 
@@ -570,49 +615,91 @@ __device__ int32_t Sampler::Pick(const WeightOf& weight_of, const Target& target
     return weight_of(__float_as_uint(v.x), id) + weight_of(__float_as_uint(v.y), id + 1) +
            weight_of(__float_as_uint(v.z), id + 2) + weight_of(__float_as_uint(v.w), id + 3);
   };
+  const int lane = Lane();
   double warp_weight = 0;
-  ForSteps([&](const float4& v, int id, int s) {
-    const float weight = WarpSum(of_four(v, id));
-    warp_weight += weight;
-    if (Lane() == 0) shared_.step_weight[Warp()][s] = weight;
-  });
-  if (Lane() == 0) shared_.warp_weight[Warp()] = warp_weight;
+  for (int s = 0; s < args_.steps; s += 8) {
+    float weights[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = (Warp() * args_.steps + s + i) * kWarp + lane;
+      weights[i] = s + i < args_.steps ? of_four(slice_[at], begin_ + 4 * at) : 0.0f;
+    }
+    const float step = WarpSumOfEight(weights);
+    if (lane % 4 == 0) {
+      shared_.step_weight[Warp()][s + lane / 4] = step;
+      warp_weight += step;
+    }
+  }
+  warp_weight = WarpSum(warp_weight);
+  if (lane == 0) shared_.warp_weight[Warp()] = warp_weight;
   __syncthreads();
-  if (threadIdx.x < kCluster) {
-    double sum = 0;
-    for (int i = 0; i < kWarps; ++i) sum += shared_.warp_weight[i];
-    *Of(static_cast<int>(threadIdx.x), &shared_.cta_weight[turn_][rank_]) = sum;
+  if (Warp() == 0) {
+    const double sum = PairSum<kWarps, double>([&](int i) { return shared_.warp_weight[i]; });
+    if (lane < kCluster) *Of(lane, &shared_.cta_weight[turn_][rank_]) = sum;
   }
   const int turn = turn_;
   SyncCluster();
-  double whole = 0;
-  for (int i = 0; i < kCluster; ++i) whole += shared_.cta_weight[turn][i];
-  double left = target(whole);
-  const int cta = PickPart(
-      kCluster, [&](int i) { return shared_.cta_weight[turn][i]; }, &left);
-  if (cta == rank_ && Warp() == 0) {
-    const int warp = PickPart(
-        kWarps, [&](int i) { return shared_.warp_weight[i]; }, &left);
-    const int step = PickPart(
-        args_.steps, [&](int i) { return double{shared_.step_weight[warp][i]}; }, &left);
-    const int at = (warp * args_.steps + step) * kWarp + Lane();
-    const float4 v = slice_[at];
-    const int id = begin_ + 4 * at;
-    const float own = of_four(v, id);
-    const int lane = PickPart(
-        kWarp, [&](int i) { return double{__shfl_sync(~0u, own, i)}; }, &left);
-    if (Lane() == lane) {
-      const float one[4] = {v.x, v.y, v.z, v.w};
-      const int part = PickPart(
-          4, [&](int i) { return double{weight_of(__float_as_uint(one[i]), id + i)}; }, &left);
-      shared_.picked = id + part;
+  if (Warp() == 0) {
+    const double* const of_cta = shared_.cta_weight[turn];
+    double left = target(PairSum<kCluster, double>([&](int i) { return of_cta[i]; }));
+    if (PickLane(lane < kCluster ? of_cta[lane] : 0.0, &left) == rank_) {
+      const int warp = PickLane(lane < kWarps ? shared_.warp_weight[lane] : 0.0, &left);
+      const int step =
+          PickLane(lane < args_.steps ? double{shared_.step_weight[warp][lane]} : 0.0, &left);
+      const int at = (warp * args_.steps + step) * kWarp;
+      const float4 v = slice_[at + lane];
+      const int picked = PickLane(double{of_four(v, begin_ + 4 * (at + lane))}, &left);
+      // The lane's four, one to a lane.
+      const float* const four = reinterpret_cast<const float*>(slice_ + at + picked);
+      const int id = begin_ + 4 * (at + picked);
+      const int part = PickLane(
+          lane < 4 ? double{weight_of(__float_as_uint(four[lane % 4]), id + lane)} : 0.0, &left);
+      if (lane < kCluster) *Of(lane, &shared_.picked) = id + part;
     }
-    __syncwarp();
-    if (Lane() < kCluster && Lane() != rank_) *Of(Lane(), &shared_.picked) = shared_.picked;
   }
   SyncCluster();
   return shared_.picked;
 }
+
+// ---- top logprobs -------------------------------------------------------------------------------
+
+// Sends the row's highest raw logits to the first CTA, before bias and penalties change them.
+__device__ void Sampler::GatherTop(float top) {
+  const ByLogit by = {top};
+  const auto wanted = static_cast<uint32_t>(row_.top_logprobs);
+  const Found found =
+      Search(by, ByLogit::kEnd, [&](uint32_t count, double, double) { return count >= wanted; });
+  const uint32_t tied = found.count_hi - found.count_lo;
+  const uint32_t ties = wanted - found.count_lo;
+  int32_t last_tie = 0x7fffffff;
+  if (tied > 1 && ties < tied) {
+    last_tie = Pick(
+        [&](uint32_t bits, int) { return by.Key(__uint_as_float(bits)) == found.lo ? 1.0f : 0.0f; },
+        [&](double) { return static_cast<double>(ties) - 1.0; });
+  }
+  ForTokens([&](float x, int id) {
+    const uint32_t key = by.Key(x);
+    if (key >= found.hi || (key == found.lo && id > last_tie)) return;
+    const uint32_t place = atomicAdd(Of(0, &shared_.num_top), 1u);
+    *Of(0, &shared_.top[place]) = uint64_t{~key} << 32 | ~static_cast<uint32_t>(id);
+  });
+  SyncCluster();
+}
+
+// In the first CTA: what was gathered by falling logit, ties to the lower id.
+__device__ void Sampler::ReportTop(double log_sum) {
+  const uint32_t count = shared_.num_top;
+  if (threadIdx.x == 0) shared_.result.num_top = static_cast<int32_t>(count);
+  if (threadIdx.x >= count) return;
+  const uint64_t mine = shared_.top[threadIdx.x];
+  int place = 0;
+  for (uint32_t i = 0; i < count; ++i) place += shared_.top[i] > mine;
+  const float logit = FromOrderedKey(static_cast<uint32_t>(mine >> 32));
+  shared_.result.top_ids.begin()[place] = static_cast<int32_t>(~static_cast<uint32_t>(mine));
+  shared_.result.top_logprobs.begin()[place] = static_cast<float>(double{logit} - log_sum);
+}
+
+// ---- the row ------------------------------------------------------------------------------------
 
 // Turns the slice's logits into distances from the maximum over the temperature, and draws.
 __device__ int32_t Sampler::Draw(float top) {
@@ -624,7 +711,7 @@ __device__ int32_t Sampler::Draw(float top) {
   });
   Kept kept;
   if (row_.top_k > 0 || row_.top_p < 1.0f) kept = Filter();
-  if (kept.tie != kNone) {
+  if (kept.tie < kept.end) {
     kept.last_tie = Pick([&](uint32_t u, int) { return u == kept.tie ? 1.0f : 0.0f; },
                          [&](double) { return static_cast<double>(kept.ties) - 1.0; });
   }
@@ -633,65 +720,69 @@ __device__ int32_t Sampler::Draw(float top) {
               [&](double whole) { return uniform * whole; });
 }
 
-// ---- the row ------------------------------------------------------------------------------------
-
 // The first CTA writes the result.
-__device__ void Sampler::Finish(bool finite, int32_t token, double log_sum) {
+__device__ void Sampler::Finish(bool finite, int32_t token, const Partial& raw) {
   if (rank_ != 0) return;
   auto* const words = reinterpret_cast<uint32_t*>(&shared_.result);
   constexpr int kWords = sizeof(SampleResult) / 4;
   static_assert(sizeof(SampleResult) % 4 == 0 && kWords <= kThreads);
   if (threadIdx.x < kWords) words[threadIdx.x] = 0;
   __syncthreads();
-  if (finite) {
-    if (row_.top_logprobs > 0) MergeTopLogprobs(log_sum);
-    if (threadIdx.x == 0) {
+  if (finite && Warp() == 0) {
+    const double log_sum = double{raw.top} + log(raw.sum);
+    if (row_.top_logprobs > 0) ReportTop(log_sum);
+    if (Lane() == 0) {
+      const float logit =
+          token == raw.id ? raw.top : args_.logits[int64_t{row_.row} * args_.vocabulary + token];
       shared_.result.token = token;
       shared_.result.finite = true;
-      shared_.result.logprob = static_cast<float>(double{raw_[token]} - log_sum);
+      shared_.result.logprob = static_cast<float>(double{logit} - log_sum);
     }
-    __syncthreads();
   }
+  __syncthreads();
   auto* const out = reinterpret_cast<uint32_t*>(args_.out + blockIdx.x / kCluster);
   if (threadIdx.x < kWords) out[threadIdx.x] = words[threadIdx.x];
 }
 
 __device__ void Sampler::Run() {
-  float top = 0;
-  int32_t id = 0;
-  bool bad = false;
-  Load(&top, &id, &bad);
+  const SampleRow* const row = args_.rows + blockIdx.x / kCluster;
+  static_assert(sizeof(SampleRow) % 4 == 0 && sizeof(SampleRow) / 4 <= kThreads);
+  if (threadIdx.x < sizeof(SampleRow) / 4) {
+    reinterpret_cast<uint32_t*>(&shared_.row)[threadIdx.x] =
+        reinterpret_cast<const uint32_t*>(row)[threadIdx.x];
+  }
+  if (threadIdx.x == 0) shared_.num_top = 0;
+  auto started = cluster_.barrier_arrive();
+  const Partial own = Load(args_.logits + int64_t{row->row} * args_.vocabulary);
   // Other CTAs' shared memory may be written once they run.
-  cluster_.sync();
-  if (row_.top_logprobs > 0) SendTopLogprobs();
-  Partial all = Combine(top, id, bad, true);
-  if (all.bad != 0 || all.top == -INFINITY) return Finish(false, 0, 0);
-  const double log_sum = double{all.top} + log(all.sum);
-  if (row_.forced_token >= 0) return Finish(true, row_.forced_token, log_sum);
+  cluster_.barrier_wait(std::move(started));
+  const Partial raw = Combine(own, true);
+  if (raw.bad != 0 || raw.top == -INFINITY) return Finish(false, 0, raw);
+  if (row_.top_logprobs > 0) GatherTop(raw.top);
+  if (row_.forced_token >= 0) return Finish(true, row_.forced_token, raw);
+  Partial peak = raw;
   if (ChangesLogits()) {
     ChangeLogits();
-    top = -INFINITY;
-    id = 0;
-    bad = false;
-    ForTokens([&](float x, int at) {
-      if (x > top) {
-        top = x;
-        id = at;
+    Partial changed = {.sum = 0, .top = -INFINITY, .id = 0x7fffffff, .bad = 0};
+    ForTokens([&](float x, int id) {
+      if (x > changed.top) {
+        changed.top = x;
+        changed.id = id;
       }
-      bad |= !(x < INFINITY);
+      changed.bad |= x < INFINITY ? 0 : 1;
     });
-    all = Combine(top, id, bad, false);
-    if (all.bad != 0 || all.top == -INFINITY) return Finish(false, 0, 0);
+    peak = Combine(changed, false);
+    if (peak.bad != 0 || peak.top == -INFINITY) return Finish(false, 0, raw);
   }
   const bool greedy = row_.temperature == 0.0f || isinf(1.0f / row_.temperature);
-  Finish(true, greedy ? all.id : Draw(all.top), log_sum);
+  Finish(true, greedy ? peak.id : Draw(peak.top), raw);
 }
 
 __global__ void __launch_bounds__(kThreads, 2) SampleKernel(const SampleArgs args) {
   extern __shared__ float4 slice[];
   __shared__ __align__(16) unsigned char shared[sizeof(Shared)];
   WaitForPrevious();
-  Sampler(args, args.rows[blockIdx.x / kCluster], reinterpret_cast<Shared*>(shared), slice).Run();
+  Sampler(args, reinterpret_cast<Shared*>(shared), slice).Run();
 }
 
 }  // namespace
@@ -712,13 +803,8 @@ void Sample(Context& context, const SampleParams& params, SampleResult* out) {
       .out = out,
   };
   const size_t shared_bytes = static_cast<size_t>(steps) * kWarps * kStep * sizeof(float);
-  static const bool allowed = [] {
-    RESA_CUDA_CHECK(
-        cudaFuncSetAttribute(SampleKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(size_t{kMaxSteps} * kWarps * kStep * sizeof(float))));
-    return true;
-  }();
-  (void)allowed;
+  RESA_CUDA_CHECK(cudaFuncSetAttribute(SampleKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared_bytes)));
   LaunchOverlapped(context.stream, SampleKernel, static_cast<unsigned>(params.num_rows * kCluster),
                    kThreads, shared_bytes, kCluster, args);
 }

@@ -9,6 +9,7 @@
 // counters.
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <memory>
@@ -171,7 +172,22 @@ void LabelWeights(const engine::ModelWeights& weights, TimedOps* ops) {
   ops->Label(weights.lm_head.data, Stage::kLogits);
 }
 
+// Says how long what has to be done before measuring took.
+class Phase {
+ public:
+  explicit Phase(std::string what) : what_(std::move(what)) {}
+  ~Phase() {
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start_;
+    std::fprintf(stderr, "%s: %.1f s\n", what_.c_str(), seconds.count());
+  }
+
+ private:
+  const std::string what_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
 absl::StatusOr<engine::LoadedModel> MakeModel(const BenchOptions& options) {
+  const Phase phase("making or loading the weights");
   if (!options.model.empty()) return engine::LoadModel(options.model);
   RESA_ASSIGN_OR_RETURN(const engine::ModelConfig config, ConfigOfShape(options.shape));
   return MakeRandomModel(config, options.seed);
@@ -238,11 +254,22 @@ absl::StatusOr<BenchReport> RunBench(const BenchOptions& options) {
   report.ceilings = MeasureCeilings(device.ops.get());
   TimedOps timed(device.ops.get(), report.ceilings, device.runs_ahead);
   LabelWeights(model.weights, &timed);
-  RESA_ASSIGN_OR_RETURN(const std::unique_ptr<engine::ModelExecutor> executor,
-                        engine::ModelExecutor::Create(model.config, model.weights, report.layout,
-                                                      needs.limits, &timed));
-  RESA_RETURN_IF_ERROR(
-      FillPool(model.config, executor->kv(), deal, needs.lengths, options.seed, device.ops.get()));
+  std::unique_ptr<engine::ModelExecutor> executor;
+  {
+    const Phase phase("giving them to the backend");
+    RESA_ASSIGN_OR_RETURN(executor,
+                          engine::ModelExecutor::Create(model.config, model.weights, report.layout,
+                                                        needs.limits, &timed));
+  }
+  {
+    const Phase phase("filling the pool");
+    RESA_RETURN_IF_ERROR(FillPool(model.config, executor->kv(), deal, needs.lengths, options.seed,
+                                  device.ops.get()));
+    if (device.runs_ahead) {  // Wait for the last op.
+      std::byte ignored;
+      device.ops->Download(&ignored, executor->kv().layer(0).k, 1);
+    }
+  }
 
   for (const std::vector<RunSpec>& group : groups) {
     std::vector<std::unique_ptr<BenchRun>> runs;

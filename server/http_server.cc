@@ -61,8 +61,13 @@ int OnRequest(mg_connection* connection) {
   return response.status;
 }
 
-// civetweb would write to the terminal; what matters comes back as a status.
-int OnLogMessage(const mg_connection* /*connection*/, const char* /*message*/) { return 1; }
+// What civetweb says while it starts, on the thread that starts it. Otherwise it would write to the
+// terminal; what matters comes back as a status.
+thread_local std::string* start_messages = nullptr;
+int OnLogMessage(const mg_connection* /*connection*/, const char* message) {
+  if (start_messages != nullptr) absl::StrAppend(start_messages, ": ", message);
+  return 1;
+}
 
 }  // namespace
 
@@ -103,9 +108,12 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
   callbacks.log_message = &OnLogMessage;
   static const unsigned initialised = mg_init_library(MG_FEATURES_DEFAULT);
   (void)initialised;
+  std::string why;
+  start_messages = &why;
   listener->context = mg_start(&callbacks, &listener->handlers, options);
+  start_messages = nullptr;
   if (listener->context == nullptr) {
-    return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address,
+    return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address, why,
                                                "; is the port taken? (--http-listen)"));
   }
   const int real_port = PortOf(listener->context);

@@ -10,6 +10,7 @@
 
 #include "kernels/check.h"
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/cublas_library.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/step_memory.h"
 #include "kernels/cuda/weight_memory.h"
@@ -456,6 +457,7 @@ int CudaDeviceCount() {
 std::unique_ptr<Ops> CreateCudaOps(const CudaOptions& options, std::string* why_not) {
   cuda::DeviceInfo device;
   *why_not = WhyNot(options.device, &device);
+  if (why_not->empty()) *why_not = cuda::OpenCublas();
   if (!why_not->empty()) return nullptr;
   if (const cudaError_t error = cudaSetDevice(options.device); error != cudaSuccess) {
     *why_not = std::string("cudaSetDevice: ") + cudaGetErrorString(error);

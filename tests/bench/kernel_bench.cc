@@ -1,9 +1,10 @@
-// Times the kernels of the CPU backend against this machine's ceilings, which are measured first:
-// the bandwidth of reading memory and the peak of fused multiply-adds, both with all the threads of
-// the backend. Prints one line per case: time, bytes/s, FLOP/s and the share of whichever ceiling
-// binds (kernels/roofline.h says what each op has to move and compute).
+// Times the kernels of a backend against the machine's ceilings, which are measured first: the
+// bandwidth of reading memory and the peak of multiply-adds, of a CPU with all the threads of the
+// backend. Prints one line per case: time, bytes/s, FLOP/s and the share of whichever ceiling binds
+// (kernels/roofline.h says what each op has to move and compute).
 //
 //   kernel_bench [--threads N] [--filter TEXT] [--target AVX2|AVX3|VNNI]
+//   kernel_bench --device cuda:N [--filter TEXT]
 //
 // By hand, on a quiet machine.
 
@@ -23,6 +24,8 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/roofline.h"
 #include "tests/bench/bench_clock.h"
+#include "tests/bench/device_kernels.h"
+#include "tests/bench/gpu_device.h"
 
 namespace resa::bench {
 namespace {
@@ -38,6 +41,7 @@ using kernels::SelectorSpec;
 struct Options {
   int threads = 0;
   std::string filter;
+  std::string device = "cpu";
 };
 
 // The fastest of several runs within about half a second, in seconds.
@@ -285,6 +289,8 @@ int Main(int argc, char** argv) {
     const bool has_value = i + 1 < argc;
     if (has_value && std::strcmp(argv[i], "--threads") == 0) {
       options.threads = std::atoi(argv[++i]);
+    } else if (has_value && std::strcmp(argv[i], "--device") == 0) {
+      options.device = argv[++i];
     } else if (has_value && std::strcmp(argv[i], "--filter") == 0) {
       options.filter = argv[++i];
     } else if (has_value && std::strcmp(argv[i], "--target") == 0) {
@@ -293,10 +299,19 @@ int Main(int argc, char** argv) {
                                       : target == "AVX3" ? int64_t{HWY_AVX3}
                                                          : int64_t{HWY_AVX3 | HWY_AVX3_DL});
     } else {
-      std::fprintf(stderr, "usage: %s [--threads N] [--filter TEXT] [--target AVX2|AVX3|VNNI]\n",
+      std::fprintf(stderr,
+                   "usage: %s [--threads N] [--filter TEXT] [--target AVX2|AVX3|VNNI] "
+                   "[--device cuda:N]\n",
                    argv[0]);
       return 2;
     }
+  }
+  if (options.device != "cpu") {
+    const absl::Status status =
+        BenchDeviceKernels(options.filter, [&] { return MakeGpuOps(options.device); });
+    if (status.ok()) return 0;
+    std::fprintf(stderr, "%s: %s\n", argv[0], std::string(status.message()).c_str());
+    return 1;
   }
   Bench(options).Run();
   return 0;

@@ -20,9 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
 #include "engine/activations.h"
 #include "engine/kv_pool.h"
 #include "engine/model_executor.h"
@@ -35,13 +33,10 @@
 #include "tests/bench/bench_report.h"
 #include "tests/bench/bench_results.h"
 #include "tests/bench/bench_run.h"
+#include "tests/bench/gpu_device.h"
 #include "tests/bench/random_model.h"
 #include "tests/bench/synthetic_pool.h"
 #include "tests/bench/timed_ops.h"
-
-#if RESA_HAVE_CUDA
-#include "kernels/cuda/cuda_ops.h"
-#endif
 
 namespace resa::bench {
 namespace {
@@ -74,29 +69,10 @@ absl::Status ChooseTarget(const std::string& name) {
   return absl::OkStatus();
 }
 
-// "cuda:N", or "cuda" for the first.
-absl::StatusOr<Device> MakeGpu(absl::string_view name) {
-  int index = 0;
-  if (!absl::ConsumePrefix(&name, "cuda") ||
-      (!name.empty() && !(absl::ConsumePrefix(&name, ":") && absl::SimpleAtoi(name, &index)))) {
-    return absl::InvalidArgumentError("it is neither cpu nor cuda:N");
-  }
-#if RESA_HAVE_CUDA
-  std::string why_not;
-  std::unique_ptr<kernels::Ops> ops = kernels::CreateCudaOps({.device = index}, &why_not);
-  if (ops == nullptr) return absl::UnavailableError(why_not);
-  return Device{std::move(ops), /*runs_ahead=*/true};
-#else
-  return absl::UnavailableError("this was built without the CUDA backend");
-#endif
-}
-
 absl::StatusOr<Device> MakeDevice(const BenchOptions& options) {
   if (options.device != "cpu") {
-    absl::StatusOr<Device> device = MakeGpu(options.device);
-    if (device.ok()) return device;
-    return absl::Status(device.status().code(),
-                        absl::StrCat("--device ", options.device, ": ", device.status().message()));
+    RESA_ASSIGN_OR_RETURN(std::unique_ptr<kernels::Ops> ops, MakeGpuOps(options.device));
+    return Device{std::move(ops), /*runs_ahead=*/true};
   }
   if (!kernels::CpuSupported()) return absl::UnavailableError("this CPU lacks AVX2 and FMA");
   RESA_RETURN_IF_ERROR(ChooseTarget(options.target));

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests the CUDA backend. Builds what travels to a machine with the GPU, a folder that needs nothing
-# there but the driver and the CUDA runtime: no compiler, no toolkit, no network, no package.
+# there but the driver and the CUDA runtime: no compiler, no toolkit, no network, no package. Beside
+# the suite it holds the benches.
 #
 #   tests/gpu/run.sh           makes build/gpu-suite; copy it there and start its run_suite.sh
 #   tests/gpu/run.sh --here    makes it and runs it on this machine; further arguments go to
@@ -19,11 +20,12 @@ is_everywhere() {
 }
 
 resa_setup
-resa_build cuda-suite gpu_suite resa_bench
+resa_build cuda-suite gpu_suite resa_bench kernel_bench
 out=build/gpu-suite
 rm -rf "$out"
 mkdir -p "$out/lib" "$out/deploy/models/demo"
-for binary in build/cuda-suite/tests/gpu/gpu_suite build/cuda-suite/tests/bench/resa_bench; do
+for target in gpu/gpu_suite bench/resa_bench bench/kernel_bench; do
+  binary=build/cuda-suite/tests/$target
   strip -o "$out/$(basename "$binary")" "$binary"
   while read -r name path; do
     is_everywhere "$name" || cp -L "$path" "$out/lib/$name"

@@ -51,8 +51,12 @@ run_one() {
   fi
   timeout -k 5 "$limit" "${tool[@]}" "$RESA_GPU_SUITE" --gtest_filter="$name" >"$log" 2>&1 ||
     result="FAILED ($?)"
-  # A test that was skipped, or that no longer exists, proves nothing.
+  # A test that was skipped, or that no longer exists, proves nothing; nor does a sanitizer that
+  # did not attach, or that has only warned.
   grep -q '^\[  PASSED  \] 1 test' "$log" || [ "$result" != passed ] || result="did not run"
+  if [ "$kind" != test ] && [ "$result" = passed ]; then
+    grep -qE 'SUMMARY: 0 (errors|hazards)' "$log" || result="not clean"
+  fi
   printf '%-9s %-12s %4d s  %s\n' "$kind" "$result" $((SECONDS - start)) "$name" |
     tee -a "$LOGS/table.txt"
 }
@@ -86,7 +90,7 @@ if [ "$failed" -gt 0 ]; then
   grep -v ' passed ' "$logs/table.txt" | awk '{ print $NF }' | sort -u | while read -r name; do
     for log in "$logs"/*."${name//\//_}".log; do
       echo "--- $(basename "$log")"
-      grep -E 'Failure|check failed|error|ERROR|Which is|actual|Expected|near|kernel' "$log" |
+      grep -E 'Failure|check failed|rror|Which is|actual|Expected|near|SUMMARY|hazard' "$log" |
         head -12
     done
   done

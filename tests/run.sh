@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Passes the tests: installs what is missing, builds, and runs the whole suite. Idempotent.
 #
-#   tests/run.sh                 everything that continuous integration runs
+#   tests/run.sh                 everything that continuous integration runs; the GPU's kernels are
+#                                compiled where nvcc is (tests/gpu/run.sh runs them)
 #   tests/run.sh --quick         the release build's tests only
 #   tests/run.sh --sanitize-all  the sanitizers over every test, not only unit tests and simulation
 set -euo pipefail
@@ -34,10 +35,10 @@ if ! "$venv/bin/python" -c 'import tokenizers, gguf, jinja2' 2>/dev/null; then
 fi
 export RESA_REQUIRE_SMOLLM2=1
 
-# run_tests PRESET LABELS: ctest, its output shown where a test fails.
+# run_tests PRESET LABELS [CTEST_ARGUMENT...]: ctest, its output shown where a test fails.
 run_tests() {
   resa_say "Running the tests of $1."
-  ctest --test-dir "build/$1" -L "$2" -j "$jobs" --output-on-failure --no-tests=error
+  ctest --test-dir "build/$1" -L "$2" -j "$jobs" --output-on-failure --no-tests=error "${@:3}"
 }
 
 resa_build cpu-release all
@@ -45,6 +46,14 @@ run_tests cpu-release ".*"
 resa_say "Comparing the tokenizer with the tokenizers library on SmolLM2's vocabulary."
 "$venv/bin/python" tests/golden/compare_tokenizer.py \
   build/cpu-release/tests/golden/tokenizer_tool "$smollm2" --seconds 15
+
+# The GPU's kernels compile wherever nvcc is; tests/gpu/run.sh runs them where a GPU is.
+if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+  resa_build cuda-release resad resactl resa_bench process_test
+  run_tests cuda-release "e2e" -R process_test
+else
+  resa_say "No nvcc here: the CUDA backend is not compiled."
+fi
 
 if [ "$quick" = no ]; then
   target=resa_unit_tests

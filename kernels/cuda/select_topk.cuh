@@ -2,24 +2,28 @@
 #define RESA_KERNELS_CUDA_SELECT_TOPK_CUH_
 
 // Exact top-k of block scores, ids ascending: what both selectors do once a row's blocks of one KV
-// head have their scores.
+// head have their scores. Keys are u32 that rise with the scores (TopKKey). Ties at the cut go to
+// the lower ids, the forced blocks (the first `sink` and the last `local`) are above all others,
+// and NaN is below all others, as in the CPU backend. Nothing depends on the order of atomics.
 //
-// A cluster of CTAs (or a CTA alone) works on one (row, KV head). CTA r of the cluster holds the
-// keys of a contiguous range of blocks, in the order of r; a range may be empty. Keys are u32 that
-// rise with the scores (TopKKey), read through a functor, so that they may lie in shared memory, in
-// global memory, or be made on the fly of f32 or bf16 scores.
-//
+// Spread over a cluster of CTAs, for any number of blocks: CTA r of the cluster holds the keys of a
+// contiguous range of blocks, in the order of r; a range may be empty. Keys are read through a
+// functor, so that they may lie in shared memory, in global memory, or be made on the fly of f32 or
+// bf16 scores.
 //   FindTopKCut   radix select from the top, a digit of 8 bits a pass. Each CTA counts its keys
 //   that
 //                 agree with the digits found so far; after a cluster barrier every CTA reads the
 //                 counts of all, through distributed shared memory, and comes to the same digit.
 //                 It also learns how many keys before its own range are kept, so that
 //   WriteTopKIds  writes the ids of its range where they belong, with no further exchange: a count
-//                 per warp, then ballots. Nothing depends on the order of atomics.
+//                 per warp, then ballots.
 //   FinishTopK    before the CTA returns or uses the shared memory again.
 //
-// Ties at the cut go to the lower ids, the forced blocks (the first `sink` and the last `local`)
-// are above all others, and NaN is below all others, as in the CPU backend.
+// In one CTA, faster as long as its shared memory holds all keys (barriers of a CTA cost a fraction
+// of a cluster's):
+//   SelectTopKInCta   passes over an interval of keys that begins as [least, greatest], not as all
+//                     u32: keys of one row are close to each other, and 2048 bins over what they
+//                     span part them at once, where the top bits of a float would be the same.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -83,6 +87,9 @@ struct TopKCut {
   int above_before;  // Keys above the bound in CTAs of lower rank.
   int ties_before;   // Keys equal to it there.
 
+  __device__ __forceinline__ bool Above(uint32_t key) const { return (key & mask) > bound; }
+  __device__ __forceinline__ bool Ties(uint32_t key) const { return (key & mask) == bound; }
+
   // How many ids CTAs of lower rank keep: this one's begin there in the list.
   __device__ __forceinline__ int Offset() const { return above_before + min(ties_before, ties); }
   // How many of this CTA's ties may be kept.
@@ -94,8 +101,7 @@ struct TopKShared {
   alignas(16) uint32_t histogram[4][kTopKBins];  // Of this CTA's keys, per digit; others read it.
   alignas(16) uint32_t total[kTopKBins];         // One digit's counts over the whole cluster,
   alignas(16) uint32_t before[kTopKBins];        // and over the CTAs of lower rank.
-  uint32_t warp_above[32];
-  uint32_t warp_ties[32];
+  uint32_t warp_counts[2][32];
 };
 
 // A digit found by TopKScanDigit, with the counts it was found from.
@@ -249,58 +255,201 @@ __device__ __forceinline__ void FinishTopK() {
   }
 }
 
+// Writes the ids of a range's keys above the cut, and of the `ties_kept` lowest among those equal
+// to it, to out[0 ...], ascending, and returns how many they are. A warp has a contiguous part: it
+// votes on 32 keys at a time, a lane keeps the votes of one such row, and when the counts of all
+// warps and lanes are summed each lane writes its row's ids. Called by all threads.
+template <int kThreads, typename KeyAt, typename Cut>
+__device__ __forceinline__ int WriteIdsOfCut(uint32_t (&warp_counts)[2][32], const KeyAt& key_at,
+                                             const TopKRange& range, const Cut& cut, int ties_kept,
+                                             int32_t* out) {
+  constexpr int kWarps = kThreads / 32;
+  constexpr int kTurn = kThreads * 32;  // Keys between two barriers: a row for each thread.
+  static_assert(kWarps <= 32 && kTurn < 1 << 16);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  int above_done = 0, ties_done = 0;
+  for (int base = 0, turn = 0; base < range.count; base += kTurn, turn ^= 1) {
+    const int end = min(range.count, base + kTurn);
+    const int rows = ((end - base + 31) / 32 + kWarps - 1) / kWarps;
+    const int begin = base + warp * rows * 32;
+    uint32_t above = 0, ties = 0;  // Of row `lane`.
+#pragma unroll 4
+    for (int row = 0; row < rows; ++row) {
+      const int i = begin + row * 32 + lane;
+      const uint32_t key = i < end ? key_at(i) : 0;
+      const uint32_t row_above = __ballot_sync(kAllLanes, i < end && cut.Above(key));
+      const uint32_t row_ties = __ballot_sync(kAllLanes, i < end && cut.Ties(key));
+      if (row == lane) {
+        above = row_above;
+        ties = row_ties;
+      }
+    }
+    // Both counts in one word.
+    const auto counts = static_cast<uint32_t>(__popc(above) | __popc(ties) << 16);
+    uint32_t inclusive = counts;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
+      if (lane >= step) inclusive += other;
+    }
+    if (lane == 31) warp_counts[turn][warp] = inclusive;
+    __syncthreads();
+    const uint32_t of_warp = lane < kWarps ? warp_counts[turn][lane] : 0;
+    const uint32_t total = __reduce_add_sync(kAllLanes, of_warp);
+    const uint32_t before =
+        __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0) + inclusive - counts;
+    const int ties_before = ties_done + static_cast<int>(before >> 16);
+    int32_t* to =
+        out + above_done + static_cast<int>(before & 0xffff) + min(ties_before, ties_kept);
+    for (int excess = ties_before + __popc(ties) - ties_kept; excess > 0 && ties != 0; --excess) {
+      ties ^= 0x80000000u >> __clz(static_cast<int>(ties));
+    }
+    const int first = range.first + begin + lane * 32;
+    for (uint32_t kept = above | ties; kept != 0; kept &= kept - 1) {
+      *to++ = first + __ffs(static_cast<int>(kept)) - 1;
+    }
+    above_done += static_cast<int>(total & 0xffff);
+    ties_done += static_cast<int>(total >> 16);
+  }
+  return above_done + min(ties_done, ties_kept);
+}
+
 // Writes the ids that the CTA keeps of its range to out[0 ...], ascending, and returns how many
-// they are. In the list of the whole cluster they begin at cut.Offset(). Called by all threads; a
-// warp has a contiguous part of the range.
+// they are. In the list of the whole cluster they begin at cut.Offset(). Called by all threads.
 template <int kThreads, typename KeyAt>
 __device__ int WriteTopKIds(TopKShared& shared, const KeyAt& key_at, const TopKRange& range,
                             const TopKBudget& budget, const TopKCut& cut, int32_t* out) {
-  constexpr int kWarps = kThreads / 32;
-  static_assert(kWarps <= 32);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int per_warp = ((range.count + 31) / 32 + kWarps - 1) / kWarps * 32;
-  const int begin = min(range.count, warp * per_warp);
-  const int end = min(range.count, begin + per_warp);
+  return WriteIdsOfCut<kThreads>(
+      shared.warp_counts, [&](int i) { return TopKKeyOf(key_at, range, budget, i); }, range, cut,
+      cut.TiesLeft(), out);
+}
 
-  uint32_t above = 0, ties = 0;
-#pragma unroll 4
-  for (int i = begin + lane; i < end; i += 32) {
-    const uint32_t key = TopKKeyOf(key_at, range, budget, i) & cut.mask;
-    above += key > cut.bound;
-    ties += key == cut.bound;
+// ---- in one CTA ---------------------------------------------------------------------------------
+
+inline constexpr int kTopKWideBins = 2048;
+inline constexpr int kTopKWideBits = 11;
+
+struct TopKCtaShared {
+  alignas(16) uint32_t histogram[kTopKWideBins];  // Zero between passes.
+  uint32_t warp_counts[2][32];
+  uint32_t warp_sum[32];
+  uint32_t bin;  // Found by one thread, for all.
+  uint32_t above;
+  uint32_t equal;
+};
+
+// Before a barrier that SelectTopKInCta comes after.
+template <int kThreads>
+__device__ __forceinline__ void ClearTopK(TopKCtaShared& shared) {
+  for (auto i = threadIdx.x; i < kTopKWideBins; i += kThreads) shared.histogram[i] = 0;
+}
+
+// Finds the bin of the `wanted`-th largest key, 1 <= wanted <= the sum of all bins, and how many
+// keys are in higher bins and in it; clears the histogram. A thread has a few adjacent bins, the
+// first thread the highest.
+template <int kThreads>
+__device__ __forceinline__ void ScanTopKBins(TopKCtaShared& shared, uint32_t wanted) {
+  constexpr int kPerThread = kTopKWideBins / kThreads;
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kPerThread >= 2 && kPerThread * kThreads == kTopKWideBins);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int low_bin = kTopKWideBins - kPerThread * (thread + 1);
+  uint32_t counts[kPerThread];
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) counts[i] = shared.histogram[low_bin + i];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    shared.histogram[low_bin + i] = 0;
+    sum += counts[i];
   }
-  above = __reduce_add_sync(kAllLanes, above);
-  ties = __reduce_add_sync(kAllLanes, ties);
-  if (lane == 0) {
-    shared.warp_above[warp] = above;
-    shared.warp_ties[warp] = ties;
+  uint32_t inclusive = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += other;
+  }
+  if (lane == 31) shared.warp_sum[warp] = inclusive;
+  __syncthreads();
+  const uint32_t of_warp = lane < warp && lane < kWarps ? shared.warp_sum[lane] : 0;
+  uint32_t above = __reduce_add_sync(kAllLanes, of_warp) + inclusive - sum;
+  if (above < wanted && wanted <= above + sum) {
+    bool searching = true;
+#pragma unroll
+    for (int i = kPerThread - 1; i >= 0; --i) {
+      if (searching && wanted <= above + counts[i]) {
+        shared.bin = static_cast<uint32_t>(low_bin + i);
+        shared.above = above;
+        shared.equal = counts[i];
+        searching = false;
+      }
+      above += counts[i];
+    }
   }
   __syncthreads();
+}
 
-  const uint32_t ties_left = static_cast<uint32_t>(cut.TiesLeft());
-  const uint32_t lane_above = lane < kWarps ? shared.warp_above[lane] : 0;
-  const uint32_t lane_ties = lane < kWarps ? shared.warp_ties[lane] : 0;
-  const uint32_t all_above = __reduce_add_sync(kAllLanes, lane_above);
-  const uint32_t all_ties = __reduce_add_sync(kAllLanes, lane_ties);
-  uint32_t ties_passed = __reduce_add_sync(kAllLanes, lane < warp ? lane_ties : 0);
-  uint32_t place =
-      __reduce_add_sync(kAllLanes, lane < warp ? lane_above : 0) + min(ties_passed, ties_left);
-  const uint32_t lower_lanes = (1u << lane) - 1;
-#pragma unroll 2
-  for (int row = begin; row < end; row += 32) {
-    const int i = row + lane;
-    const uint32_t key = i < end ? TopKKeyOf(key_at, range, budget, i) & cut.mask : 0;
-    const bool tie = i < end && key == cut.bound;
-    const uint32_t tied = __ballot_sync(kAllLanes, tie);
-    const bool kept = i < end && (key > cut.bound ||
-                                  (tie && ties_passed + __popc(tied & lower_lanes) < ties_left));
-    const uint32_t keeps = __ballot_sync(kAllLanes, kept);
-    if (kept) out[place + __popc(keeps & lower_lanes)] = range.first + i;
-    place += __popc(keeps);
-    ties_passed += __popc(tied);
+// Where the kept keys end: those above `high` are kept, and of those in [low, high] the `ties` of
+// the lowest ids.
+struct TopKInterval {
+  uint32_t low;
+  uint32_t high;
+  uint32_t ties;
+
+  __device__ __forceinline__ bool Above(uint32_t key) const { return key > high; }
+  __device__ __forceinline__ bool Ties(uint32_t key) const { return key >= low && key <= high; }
+};
+
+// low and high as given hold the `ties`-th largest key and all keys but those that are kept anyway;
+// narrowed until they part the keys. keys[0, padded) is a whole number of vectors, what is behind
+// `count` is not looked at.
+template <int kThreads>
+__device__ __forceinline__ TopKInterval FindTopKInterval(TopKCtaShared& shared,
+                                                         const uint32_t* keys, int count,
+                                                         TopKInterval cut) {
+  while (cut.low != cut.high) {
+    const int shift = max(0, 32 - __clz(static_cast<int>(cut.high - cut.low)) - kTopKWideBits);
+    const uint32_t width = cut.high - cut.low;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x) * 4; i < count; i += kThreads * 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
+      const uint32_t offsets[4] = {four.x - cut.low, four.y - cut.low, four.z - cut.low,
+                                   four.w - cut.low};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (offsets[j] <= width && i + j < count) {
+          atomicAdd(&shared.histogram[offsets[j] >> shift], 1u);
+        }
+      }
+    }
+    __syncthreads();
+    ScanTopKBins<kThreads>(shared, cut.ties);
+    const uint32_t low = cut.low + (shared.bin << shift);
+    cut.high = low + min(cut.high - low, (1u << shift) - 1);
+    cut.low = low;
+    cut.ties -= shared.above;
+    if (cut.ties == shared.equal) break;  // All of the bin are kept.
   }
-  return static_cast<int>(all_above + min(all_ties, ties_left));
+  return cut;
+}
+
+// Writes the ids of the budget's kept blocks to ids[0, budget.keep). keys[0, budget.blocks) are in
+// shared memory, 16-byte aligned and a whole number of 16 bytes, kTopKForcedKey at the forced
+// blocks; all other keys are in [least, greatest]. REQUIRES budget.ScoresDecide(), ClearTopK, and
+// a barrier after the keys were written.
+template <int kThreads>
+__device__ void SelectTopKInCta(TopKCtaShared& shared, const uint32_t* keys,
+                                const TopKBudget& budget, uint32_t least, uint32_t greatest,
+                                int32_t* ids) {
+  const auto wanted = static_cast<uint32_t>(budget.keep - budget.sink - budget.local);
+  const TopKInterval cut =
+      FindTopKInterval<kThreads>(shared, keys, budget.blocks, {least, greatest, wanted});
+  WriteIdsOfCut<kThreads>(
+      shared.warp_counts, [keys](int i) { return keys[i]; }, TopKRange{0, budget.blocks}, cut,
+      static_cast<int>(cut.ties), ids);
 }
 
 }  // namespace resa::kernels::cuda

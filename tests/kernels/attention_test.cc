@@ -49,8 +49,9 @@ class AttentionTest : public OpsTest {
     int64_t width() const { return int64_t{heads.heads()} * heads.head_dim; }
   };
 
+  // `rows`: of the batch, where it is not to hold all tokens' queries.
   World MakeWorld(const HeadCase& heads, std::vector<int> lengths,
-                  const SelectorSpec& selector = kSketch8) {
+                  const SelectorSpec& selector = kSketch8, int rows = 0) {
     World world{heads, lengths, std::make_unique<TestPool>(heads, selector, lengths, rng()), {}, 0};
     const size_t width = static_cast<size_t>(heads.kv_heads) * heads.head_dim;
     for (size_t s = 0; s < lengths.size(); ++s) {
@@ -59,6 +60,7 @@ class AttentionTest : public OpsTest {
       }
       world.rows += lengths[s];
     }
+    if (rows > 0) world.rows = rows;
     world.q = Activations(static_cast<size_t>(world.rows * world.width()), 1.5f);
     return world;
   }
@@ -334,6 +336,56 @@ TEST_P(AttentionTest, SparseRowsMatchFloat64) {
                 "")
           << heads.Name();
     }
+  }
+}
+
+// Contexts of many splits: a row on its own, a window of rows, and a row with a tenth of the
+// blocks.
+TEST_P(AttentionTest, LongContextsMatchFloat64) {
+  if (!IsCuda() && !IsStaged()) GTEST_SKIP() << "the staged CPU runs it";
+  auto ops = MakeOps(2);
+  constexpr int kWindow = 32;
+  for (const auto& [heads, length] :
+       {std::pair{HeadCase{2, 7, 128, kernels::DType::kBF16}, 33333},
+        std::pair{HeadCase{1, 4, 64, kernels::DType::kBF16}, 70001},
+        std::pair{HeadCase{1, 16, 128, kernels::DType::kBF16}, 9007}}) {
+    World world = MakeWorld(heads, {length, 40}, kSketch8, kWindow + 2);
+    const std::vector<float> window = Dense(*ops, world, {{0, kWindow, length - kWindow, 0}});
+    for (int row : {0, 17, kWindow - 1}) {
+      const Doubles want = Expected(world, row, 0, AllUpTo(world, length - kWindow + row));
+      EXPECT_EQ(Compare(Row(world, window, row), want, heads.head_dim, Tolerance()), "")
+          << heads.Name() << ", row " << row << " of a window";
+    }
+    const std::vector<float> single = Dense(*ops, world, {{kWindow, 1, length - 1, 0}});
+    EXPECT_EQ(Compare(Row(world, single, kWindow),
+                      Expected(world, kWindow, 0, AllUpTo(world, length - 1)), heads.head_dim,
+                      Tolerance()),
+              "")
+        << heads.Name() << ", one row";
+
+    const int blocks = (length + 7) / 8, keep = blocks / 10;
+    const SparseRow row = {
+        .row = kWindow + 1, .position = length - 1, .table = 0, .keep_blocks = keep};
+    std::vector<int32_t> ids;
+    std::vector<std::vector<int>> positions(static_cast<size_t>(heads.kv_heads));
+    for (int h = 0; h < heads.kv_heads; ++h) {
+      std::vector<int32_t> all(static_cast<size_t>(blocks));
+      for (int i = 0; i < blocks; ++i) all[static_cast<size_t>(i)] = i;
+      std::shuffle(all.begin(), all.end(), rng());
+      std::sort(all.begin(), all.begin() + keep);
+      ids.insert(ids.end(), all.begin(), all.begin() + keep);
+      for (int i = 0; i < keep; ++i) {
+        const int begin = all[static_cast<size_t>(i)] * 8;
+        for (int t = begin; t < std::min(begin + 8, length); ++t) {
+          positions[static_cast<size_t>(h)].push_back(t);
+        }
+      }
+    }
+    const std::vector<float> sparse = Sparse(*ops, world, {row}, ids);
+    EXPECT_EQ(Compare(Row(world, sparse, row.row), Expected(world, row.row, 0, positions),
+                      heads.head_dim, Tolerance()),
+              "")
+        << heads.Name() << ", sparse";
   }
 }
 

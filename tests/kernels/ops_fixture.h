@@ -54,6 +54,8 @@ class OpsTest : public ::testing::TestWithParam<TestTarget> {
   std::unique_ptr<kernels::Ops> MakeOps(int threads) const { return MakeOps({.threads = threads}); }
   std::unique_ptr<kernels::Ops> MakeOps(const TestOpsOptions& options) const;
 
+  // The target that long tests run on beside the GPU: one CPU is enough for them.
+  bool IsStaged() const { return GetParam().backend == TestTarget::Backend::kStaged; }
   bool IsCuda() const { return GetParam().backend == TestTarget::Backend::kCuda; }
   // How the target's kernels see activations; the tests' vectors are f32 everywhere.
   kernels::DType activation_dtype() const {

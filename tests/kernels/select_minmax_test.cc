@@ -65,6 +65,24 @@ TEST_P(SelectMinMaxTest, RandomIdsAreExplainedByTheScores) {
   }
 }
 
+TEST_P(SelectMinMaxTest, LongContextsAreExplainedByTheScores) {
+  if (!IsCuda() && !IsStaged()) GTEST_SKIP() << "the staged CPU runs it";
+  auto ops = MakeOps(2);
+  for (const auto& [heads, length] :
+       {std::pair{HeadCase{1, 4, 64, kernels::DType::kBF16}, 131077},
+        std::pair{HeadCase{1, 7, 128, kernels::DType::kBF16}, 40001}}) {
+    World world = MakeRandomWorld(*ops, heads, kMinMax, {length, 1000});
+    for (double share : {0.05, 0.1, 0.6}) {
+      const std::vector<SparseRow> rows = Rows(world, share, 2, 1);
+      const std::vector<int32_t> ids = Select(*ops, world, rows);
+      const auto scores = ScoreMinMax(QueriesOf(world, 0, 0), KeysOf(world, 0, 0), 16,
+                                      {.vector = 0, .score = 2e-6});
+      EXPECT_EQ(ExplainChoice(scores, BudgetOf(rows[0]), IdsOf(ids, rows[0], 0)), "")
+          << heads.Name() << ", keep " << share;
+    }
+  }
+}
+
 TEST_P(SelectMinMaxTest, BatchAndThreadsDoNotChangeTheChoice) {
   const HeadCase heads = {2, 7, 128, kernels::DType::kBF16};
   auto one = MakeOps(1);

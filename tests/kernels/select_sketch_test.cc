@@ -69,6 +69,38 @@ TEST_P(SelectSketchTest, RandomIdsAreExplainedByTheScores) {
   }
 }
 
+TEST_P(SelectSketchTest, LongContextsAreExplainedByTheScores) {
+  if (!IsCuda() && !IsStaged()) GTEST_SKIP() << "the staged CPU runs it";
+  auto ops = MakeOps(2);
+  struct Case {
+    HeadCase heads;
+    int length;
+    SelectorSpec spec;
+  };
+  for (const Case& c :
+       {Case{{1, 4, 64, kernels::DType::kBF16}, 131077, {SelectorKind::kSketch, 8, 2, {1, 1}}},
+        Case{{1, 7, 128, kernels::DType::kBF16},
+             40001,
+             {SelectorKind::kSketch, 8, 2, {0.25f, 0.25f}}},
+        Case{{1, 4, 64, kernels::DType::kBF16},
+             65539,
+             {SelectorKind::kSketch, 4, 3, {0.4f, 0.2f}}}}) {
+    World world = MakeRandomWorld(*ops, c.heads, c.spec, {c.length, 1000});
+    const std::vector<SparseRow> rows = Rows(world, 0.1, 2, 1);
+    const std::vector<int32_t> ids = Select(*ops, world, rows);
+    const SelectionTolerance tolerance = {.vector = 1e-6, .score = 5e-6};
+    const std::vector<int> signs = Signs(c.heads.head_dim);
+    std::vector<KeySketch> keys;
+    for (const Vector& key : KeysOf(world, 0, 0)) {
+      keys.push_back(MakeKeySketch(key, signs, c.spec.planes, tolerance));
+    }
+    const auto scores =
+        ScoreSketch(QueriesOf(world, 0, 0), keys, c.spec, BudgetOf(rows[0]), signs, tolerance);
+    EXPECT_EQ(ExplainChoice(scores, BudgetOf(rows[0]), IdsOf(ids, rows[0], 0)), "")
+        << NameOf(c.spec) << ", " << c.heads.Name() << ", length " << c.length;
+  }
+}
+
 // The reference allows for rounding by intervals; this shows that they are narrow: ids from the
 // exact scores agree nearly everywhere.
 TEST_P(SelectSketchTest, NearlyAllIdsAreThoseOfExactArithmetic) {

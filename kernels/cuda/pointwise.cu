@@ -88,7 +88,6 @@ __device__ __forceinline__ float WarpSum(float x) {
 }
 
 // The sum over the CTA, the same bits in every thread: warps first, then their sums in order.
-// `of_warp` [kWarp] may be used again after the next barrier of the CTA.
 __device__ __forceinline__ float BlockSum(float x, float* of_warp) {
   x = WarpSum(x);
   const int warps = (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp;
@@ -98,13 +97,12 @@ __device__ __forceinline__ float BlockSum(float x, float* of_warp) {
   return WarpSum(lane < warps ? of_warp[lane] : 0.0f);
 }
 
-// A CTA takes a row, or where there are many every gridDim.x-th, of which the next is on its way
-// while one is worked on; a thread holds kVectors vectors of a row, and of the weight for all rows.
-// blockDim.x depends on D alone, and so do the order of the sum and the bits of the row.
+// A CTA per row; a thread holds kVectors vectors of it. blockDim.x depends on D alone, and so do
+// the order of the sum and the bits of the row.
 template <int kVectors>
-__global__ void RmsNormKernel(const Bf16x8* x, const float4* weight, int64_t rows, int vectors,
-                              float eps, Bf16x8* out) {
-  __shared__ float of_warp[2][kWarp];
+__global__ void RmsNormKernel(const Bf16x8* x, const float4* weight, int vectors, float eps,
+                              Bf16x8* out) {
+  __shared__ float of_warp[kWarp];
   LetNextStart();
   // The weight is nobody's output, so it may come before the wait.
   float4 scale[kVectors][2];
@@ -116,39 +114,29 @@ __global__ void RmsNormKernel(const Bf16x8* x, const float4* weight, int64_t row
     scale[i][1] = __ldg(weight + 2 * v + 1);
   }
   WaitForPrevious();
-  Bf16x8 next[kVectors];
-  const auto fetch = [&](int64_t row) {
+  const Bf16x8* const row = x + int64_t{blockIdx.x} * vectors;
+  float value[kVectors][kVector];
+  float squares = 0;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
-      if (v < vectors) next[i] = x[row * vectors + v];
-    }
-  };
-  int turn = 0;
-  fetch(blockIdx.x);
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
-    float value[kVectors][kVector];
-    float squares = 0;
+  for (int i = 0; i < kVectors; ++i) {
+    const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
+    if (v >= vectors) continue;
+    Widen(row[v], value[i]);
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (static_cast<int>(threadIdx.x + i * blockDim.x) >= vectors) continue;
-      Widen(next[i], value[i]);
+    for (float a : value[i]) squares = fmaf(a, a, squares);
+  }
+  const float mean = BlockSum(squares, of_warp) / static_cast<float>(vectors * kVector);
+  const float inverse = 1.0f / sqrtf(mean + eps);
+  Bf16x8* const to = out + int64_t{blockIdx.x} * vectors;
 #pragma unroll
-      for (float a : value[i]) squares = fmaf(a, a, squares);
-    }
-    if (row + gridDim.x < rows) fetch(row + gridDim.x);
-    const float mean = BlockSum(squares, of_warp[turn]) / static_cast<float>(vectors * kVector);
-    const float inverse = 1.0f / sqrtf(mean + eps);
+  for (int i = 0; i < kVectors; ++i) {
+    const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
+    if (v >= vectors) continue;
+    const float by[kVector] = {scale[i][0].x, scale[i][0].y, scale[i][0].z, scale[i][0].w,
+                               scale[i][1].x, scale[i][1].y, scale[i][1].z, scale[i][1].w};
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
-      if (v >= vectors) continue;
-      const float by[kVector] = {scale[i][0].x, scale[i][0].y, scale[i][0].z, scale[i][0].w,
-                                 scale[i][1].x, scale[i][1].y, scale[i][1].z, scale[i][1].w};
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) value[i][j] = value[i][j] * inverse * by[j];
-      out[row * vectors + v] = Narrow(value[i]);
-    }
+    for (int j = 0; j < kVector; ++j) value[i][j] = value[i][j] * inverse * by[j];
+    to[v] = Narrow(value[i]);
   }
 }
 
@@ -279,10 +267,9 @@ void RmsNorm(Context& context, const RmsNormParams& params) {
   const int vectors = static_cast<int>(cols / kVector);
   const auto launch = [&](auto kernel, int per_thread) {
     const unsigned threads = CeilDiv(CeilDiv(vectors, per_thread), kWarp) * kWarp;
-    const unsigned resident = static_cast<unsigned>(context.device.sms) * (1536 / threads);
-    LaunchOverlapped(context.stream, kernel, std::min(grid, resident), threads, 0, 1,
+    LaunchOverlapped(context.stream, kernel, grid, threads, 0, 1,
                      static_cast<const Bf16x8*>(params.x.data),
-                     reinterpret_cast<const float4*>(params.weight), rows, vectors, params.eps,
+                     reinterpret_cast<const float4*>(params.weight), vectors, params.eps,
                      static_cast<Bf16x8*>(params.out.data));
   };
   if (vectors <= kMaxThreads) {

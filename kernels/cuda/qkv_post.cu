@@ -173,18 +173,26 @@ struct Work {
                                   int role_in, int offset_in)
       : role(role_in), offset(offset_in) {
     if (role >= args.group + 2) return;
-    const int64_t row = write.row_begin + offset;
-    const int64_t kv = row * args.kv_heads + kv_head;
-    from = role == 0   ? args.k + kv * kDim
-           : role == 1 ? args.v + kv * kDim
-                       : args.q + (kv * args.group + role - 2) * kDim;
+    const uint32_t row = static_cast<uint32_t>(write.row_begin + offset);
+    const uint32_t kv = row * static_cast<uint32_t>(args.kv_heads) + static_cast<uint32_t>(kv_head);
+    from = role == 0   ? args.k + size_t{kv} * kDim
+           : role == 1 ? args.v + size_t{kv} * kDim
+                       : args.q + size_t{kv * static_cast<uint32_t>(args.group) +
+                                         static_cast<uint32_t>(role - 2)} *
+                                      kDim;
     bits[0] = Head<kDim>::Fetch(from, 0);
     bits[1] = Head<kDim>::Fetch(from, 1);
-    const int64_t angle = row * (kDim / 2) + Head<kDim>::Lane() * kEach;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      cos[e] = args.cos[angle + e];
-      sin[e] = args.sin[angle + e];
+    if (role == 1) return;
+    using Angles = std::conditional_t<kEach == 2, float2, float>;
+    const size_t angle = size_t{row} * kWarp + static_cast<size_t>(Head<kDim>::Lane());
+    const Angles c = reinterpret_cast<const Angles*>(args.cos)[angle];
+    const Angles s = reinterpret_cast<const Angles*>(args.sin)[angle];
+    if constexpr (kEach == 2) {
+      cos[0] = c.x, cos[1] = c.y;
+      sin[0] = s.x, sin[1] = s.y;
+    } else {
+      cos[0] = c;
+      sin[0] = s;
     }
   }
 };

@@ -25,25 +25,26 @@
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/sample_warp.cuh"
 #include "kernels/philox.h"
 
 namespace resa::kernels::cuda {
 namespace {
 
 namespace cg = cooperative_groups;
+using namespace sampling;  // NOLINT: the warp's half of this file.
 
-constexpr int kWarp = 32;
-constexpr int kCluster = 8;
+// Of 7, 36 clusters with two CTAs per multiprocessor are resident on an H200; of 8 only 30.
+constexpr int kCluster = 7;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kStep = 4 * kWarp;        // Ids that a warp takes at a time.
-constexpr int kBatch = 5;               // Steps that a thread holds in registers.
-constexpr int kMaxSteps = 25;           // Of a warp's run: 200 KiB of shared memory.
-constexpr int kCoarse = 8;              // Thresholds of a search's pass over many tokens,
-constexpr uint32_t kFewTokens = 2048;   // and a pass over no more than so many has
-constexpr int kFine = kWarp;            // one threshold per lane.
-constexpr uint32_t kGone = 0x7f800000;  // The distance of a token without weight: +infinity.
-constexpr uint32_t kNone = 0xffffffff;
+constexpr int kStep = 4 * kWarp;  // Ids that a warp takes at a time.
+constexpr int kBatch = 5;         // Steps that a thread holds in registers.
+constexpr int kMaxSteps = 25;     // Of a warp's run: 200 KiB of shared memory.
+constexpr int kThresholds = 8;    // Per pass of a search,
+constexpr uint32_t kFew = 256;    // whose passes end when no more tokens are undecided.
+// The distance of a token without weight, 88: exp(-88) is less than the smallest normal float.
+constexpr uint32_t kGone = 0x42b00000;
 static_assert(kCluster <= kWarps && kWarps <= kWarp && kMaxSteps <= kWarp);
 
 struct SampleArgs {
@@ -55,17 +56,10 @@ struct SampleArgs {
   SampleResult* out;
 };
 
-// The highest logit of some tokens, and the sum of exp(logit - top).
-struct Partial {
-  double sum;
-  float top;
-  int32_t id;    // The lowest that has it.
-  uint32_t bad;  // Non-zero when one is NaN or +infinity.
-};
 // How many tokens lie below each of some thresholds, and their weight.
 struct Tally {
-  double weight[kFine];
-  uint32_t count[kFine];
+  double weight[kThresholds];
+  uint32_t count[kThresholds];
 };
 
 // What is exchanged between CTAs is written into both halves of a double buffer in turn: a CTA may
@@ -76,6 +70,10 @@ struct Shared {
   Partial cta_partial[2][kCluster];
   Tally warp_tally[kWarps];
   Tally cta_tally[2][kCluster];
+  uint32_t num_listed;  // Zero between searches.
+  uint32_t listed[kFew];
+  alignas(16) uint32_t few[kFew];
+  uint32_t sorted[kFew];
   double warp_weight[kWarps];
   float step_weight[kWarps][kWarp];
   double cta_weight[2][kCluster];
@@ -85,33 +83,8 @@ struct Shared {
   SampleResult result;
 };
 
-__device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ __forceinline__ int Warp() { return static_cast<int>(threadIdx.x) / kWarp; }
-
-__device__ __forceinline__ double WarpSum(double x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-
-// Unsigned keys in the order of floats; -0 counts as +0. No NaN.
-__device__ __forceinline__ uint32_t OrderedKey(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float FromOrderedKey(uint32_t key) {
-  return __uint_as_float((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
-}
-
-// exp(x) for x <= 0, good to 2e-7 (1 + |x|): one product and one instruction.
-__device__ __forceinline__ float QuickExp(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
-  return result;
-}
-
 // The weight of a token at distance u (the bits of a float >= 0).
-__device__ __forceinline__ float Weight(uint32_t u) { return expf(-__uint_as_float(u)); }
+__device__ __forceinline__ float Weight(uint32_t u) { return QuickExp(-__uint_as_float(u)); }
 
 // What a search goes by: a key that falls with the logit, the weight of a key, and the keys at some
 // distances below the highest logit, where its first pass looks.
@@ -129,7 +102,7 @@ struct ByLogit {                                // They are logits; nobody asks 
 };
 
 // What a search found: tokens with keys below `lo` are kept, those from `hi` on are not. Between
-// them lies one token, which is kept, or hi == lo + 1 and tokens that tie.
+// them lies one token, which is kept, or hi == lo + 1 and the tokens there tie.
 struct Found {
   uint32_t lo, hi;
   uint32_t count_lo, count_hi;
@@ -199,14 +172,13 @@ class Sampler {
   __device__ bool ChangesLogits() const;
   __device__ void ChangeLogits();
   template <class By>
-  __device__ void TallyMany(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
-                            double* weight);
-  template <class By>
-  __device__ void TallyFew(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
-                           double* weight);
-  __device__ void SumTallies(int thresholds, uint32_t* count, double* weight);
+  __device__ void TallyBelow(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
+                             double* weight);
   template <class By, class Enough>
   __device__ Found Search(const By& by, uint32_t end, const Enough& enough);
+  template <class By, class Enough>
+  __device__ void Settle(const By& by, const Enough& enough, uint32_t of_cta, double whole,
+                         Found* found);
   __device__ Kept Filter();
   template <class WeightOf, class Target>
   __device__ int32_t Pick(const WeightOf& weight_of, const Target& target);
@@ -312,23 +284,6 @@ __device__ Partial Sampler::Load(const float* raw) {
   return own;
 }
 
-// The lanes' parts as one, in every lane; its sum only `with_sum`.
-__device__ __forceinline__ Partial MergeLanes(const Partial& part, bool with_sum) {
-  const uint32_t key = OrderedKey(part.top);
-  const uint32_t best = __reduce_max_sync(~0u, key);
-  Partial all;
-  all.top = FromOrderedKey(best);
-  all.id = static_cast<int32_t>(
-      __reduce_min_sync(~0u, key == best ? static_cast<uint32_t>(part.id) : kNone));
-  all.bad = static_cast<uint32_t>(__any_sync(~0u, part.bad != 0));
-  all.sum = 0;
-  if (with_sum) {
-    const bool some = part.sum > 0;
-    all.sum = WarpSum(some ? part.sum * static_cast<double>(expf(part.top - all.top)) : 0.0);
-  }
-  return all;
-}
-
 // Threads' parts to the row's. The first CTA alone learns the sum.
 __device__ Partial Sampler::Combine(const Partial& own, bool with_sum) {
   constexpr Partial kEmpty = {.sum = 0, .top = -INFINITY, .id = 0x7fffffff, .bad = 0};
@@ -390,164 +345,187 @@ __device__ void Sampler::ChangeLogits() {
 
 // ---- filters ------------------------------------------------------------------------------------
 
-// Sums of eight values per lane over the warp: afterwards lane l has the sum of value l / 4.
-template <class T>
-__device__ __forceinline__ T WarpSumOfEight(T (&v)[8]) {
-#pragma unroll
-  for (int width = 4; width >= 1; width /= 2) {
-    const int offset = 4 * width;
-    const bool upper = (Lane() & offset) != 0;
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const T other = __shfl_xor_sync(~0u, upper ? v[i] : v[i + width], offset);
-      v[i] = (upper ? v[i + width] : v[i]) + other;
-    }
-  }
-  v[0] += __shfl_xor_sync(~0u, v[0], 2);
-  return v[0] + __shfl_xor_sync(~0u, v[0], 1);
-}
-
-// The sum of n values (a power of two), pairs first: a short chain of additions.
-template <int n, class T, class Value>
-__device__ __forceinline__ T PairSum(const Value& value) {
-  T v[n];
-#pragma unroll
-  for (int i = 0; i < n; ++i) v[i] = value(i);
-#pragma unroll
-  for (int width = n / 2; width >= 1; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  }
-  return v[0];
-}
-
-// The warp's tokens with keys in [from, threshold), and their weight, for the threshold of each of
-// the first kCoarse lanes. Every lane compares its own tokens with all of them.
+// The row's tokens with keys in [from, threshold) and their weight, for the lane's threshold; lanes
+// l and l + kThresholds have the same.
 template <class By>
-__device__ void Sampler::TallyMany(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
-                                   double* weight) {
-  uint32_t thresholds[kCoarse];
+__device__ void Sampler::TallyBelow(const By& by, uint32_t from, uint32_t threshold,
+                                    uint32_t* count, double* weight) {
+  uint32_t thresholds[kThresholds];
 #pragma unroll
-  for (int j = 0; j < kCoarse; ++j) thresholds[j] = __shfl_sync(~0u, threshold, j);
-  uint32_t counts[kCoarse] = {};
-  float weights[kCoarse] = {};
+  for (int j = 0; j < kThresholds; ++j) thresholds[j] = __shfl_sync(~0u, threshold, j);
+  uint32_t counts[kThresholds] = {};
+  float weights[kThresholds] = {};
   ForTokens([&](float x, int) {
     const uint32_t key = by.Key(x);
-    if (key < from || key >= thresholds[kCoarse - 1]) return;
+    if (key < from || key >= thresholds[kThresholds - 1]) return;
     const float w = by.WeightOf(key);
+    ++counts[kThresholds - 1];
+    weights[kThresholds - 1] += w;
+    if (key >= thresholds[kThresholds - 2]) return;  // The first pass meets most tokens there.
 #pragma unroll
-    for (int j = 0; j < kCoarse; ++j) {
-      counts[j] += key < thresholds[j];
-      weights[j] += key < thresholds[j] ? w : 0.0f;
-    }
-  });
-  double wide[kCoarse];
-#pragma unroll
-  for (int j = 0; j < kCoarse; ++j) wide[j] = weights[j];
-  // Sums l / 4 to lanes l.
-  *count = __shfl_sync(~0u, WarpSumOfEight(counts), Lane() % kCoarse * 4);
-  *weight = __shfl_sync(~0u, WarpSumOfEight(wide), Lane() % kCoarse * 4);
-}
-
-// The same for a threshold per lane: every token there is shown to all lanes.
-template <class By>
-__device__ void Sampler::TallyFew(const By& by, uint32_t from, uint32_t threshold, uint32_t* count,
-                                  double* weight) {
-  const uint32_t end = __shfl_sync(~0u, threshold, kFine - 1);
-  *count = 0;
-  *weight = 0;
-  ForSteps([&](const float4& v, int, int) {
-    const uint32_t key[4] = {by.Key(v.x), by.Key(v.y), by.Key(v.z), by.Key(v.w)};
-    bool some = false;
-#pragma unroll
-    for (uint32_t k : key) some |= k >= from && k < end;
-    if (!__any_sync(~0u, some)) return;
-#pragma unroll
-    for (uint32_t k : key) {
-      const bool in = k >= from && k < end;
-      const float w = in ? by.WeightOf(k) : 0.0f;
-      for (uint32_t lanes = __ballot_sync(~0u, in); lanes != 0; lanes &= lanes - 1) {
-        const int lane = __ffs(static_cast<int>(lanes)) - 1;
-        const bool below = __shfl_sync(~0u, k, lane) < threshold;
-        const float shown = __shfl_sync(~0u, w, lane);
-        *count += below;
-        *weight += below ? double{shown} : 0.0;
+    for (int j = 0; j < kThresholds - 1; ++j) {
+      if (key < thresholds[j]) {
+        ++counts[j];
+        weights[j] += w;
       }
     }
   });
-}
-
-// The warps' tallies to the row's: lane l < thresholds has those of threshold l.
-__device__ void Sampler::SumTallies(int thresholds, uint32_t* count, double* weight) {
-  const int lane = Lane();
-  const int turn = turn_;
-  if (lane < thresholds) {
-    shared_.warp_tally[Warp()].count[lane] = *count;
-    shared_.warp_tally[Warp()].weight[lane] = *weight;
+  double wide[kThresholds];
+#pragma unroll
+  for (int j = 0; j < kThresholds; ++j) wide[j] = weights[j];
+  const uint32_t warp_count = WarpSumOfEight(counts);
+  const double warp_weight = WarpSumOfEight(wide);
+  if (Lane() % 4 == 0) {
+    shared_.warp_tally[Warp()].count[Lane() / 4] = warp_count;
+    shared_.warp_tally[Warp()].weight[Lane() / 4] = warp_weight;
   }
   __syncthreads();
-  if (Warp() < kCluster && lane < thresholds) {  // A warp per receiver.
-    const Tally* const from = shared_.warp_tally;
-    Tally* const to = Of(Warp(), &shared_.cta_tally[turn][rank_]);
-    to->count[lane] = PairSum<kWarps, uint32_t>([&](int i) { return from[i].count[lane]; });
-    to->weight[lane] = PairSum<kWarps, double>([&](int i) { return from[i].weight[lane]; });
+  const int j = Lane() % kThresholds;
+  const int turn = turn_;
+  if (static_cast<int>(threadIdx.x) < kCluster * kThresholds) {
+    const Tally* const from_warp = shared_.warp_tally;
+    Tally* const to =
+        Of(static_cast<int>(threadIdx.x) / kThresholds, &shared_.cta_tally[turn][rank_]);
+    to->count[j] = PairSum<kWarps, uint32_t>([&](int i) { return from_warp[i].count[j]; });
+    to->weight[j] = PairSum<kWarps, double>([&](int i) { return from_warp[i].weight[j]; });
   }
   SyncCluster();
-  const Tally* const from = shared_.cta_tally[turn];
-  *count = PairSum<kCluster, uint32_t>([&](int i) { return from[i].count[lane % thresholds]; });
-  *weight = PairSum<kCluster, double>([&](int i) { return from[i].weight[lane % thresholds]; });
+  const Tally* const from_cta = shared_.cta_tally[turn];
+  *count = PairSum<kCluster, uint32_t>([&](int i) { return from_cta[i].count[j]; });
+  *weight = PairSum<kCluster, double>([&](int i) { return from_cta[i].weight[j]; });
 }
 
 // The lowest bound for which enough(tokens below, their weight, the weight of all) holds, among the
 // tokens with keys below `end`. When even all of those are not enough, lo == hi == end.
 template <class By, class Enough>
 __device__ Found Sampler::Search(const By& by, uint32_t end, const Enough& enough) {
-  // Most of what filters keep of a peaked row is less than 9 from the top.
-  constexpr float kFirst[kCoarse] = {0.5f, 1.0f, 2.0f, 3.0f, 4.0f, 6.0f, 9.0f, 0.0f};
-  Found found = {
-      .lo = 0, .hi = end, .count_lo = 0, .count_hi = kNone, .weight_lo = 0, .weight_hi = 0};
+  // Where the filters' bounds lie in most rows.
+  constexpr float kFirst[kThresholds - 1] = {1.0f, 2.0f, 3.5f, 5.0f, 8.0f, 12.0f, 18.0f};
+  const int own = Lane() % kThresholds;
+  Found found = {.lo = 0, .hi = end, .count_lo = 0, .count_hi = 0, .weight_lo = 0, .weight_hi = 0};
   uint32_t threshold = end;
 #pragma unroll
-  for (int j = 0; j < kCoarse - 1; ++j) {
-    if (Lane() == j) threshold = min(by.At(kFirst[j]), end);
+  for (int j = 0; j < kThresholds - 1; ++j) {
+    if (own == j) threshold = min(by.At(kFirst[j]), end);
   }
   double whole = 0;
   for (bool first = true;; first = false) {
-    const bool few = found.count_hi - found.count_lo <= kFewTokens;
-    const int thresholds = few ? kFine : kCoarse;
     if (!first) {
       threshold = found.lo + static_cast<uint32_t>(uint64_t{found.hi - found.lo} *
-                                                   static_cast<uint32_t>(Lane() + 1) /
-                                                   static_cast<uint32_t>(thresholds));
+                                                   static_cast<uint32_t>(own + 1) / kThresholds);
     }
-    uint32_t count;
-    double weight;
-    if (few) {
-      TallyFew(by, found.lo, threshold, &count, &weight);
-    } else {
-      TallyMany(by, found.lo, threshold, &count, &weight);
-    }
-    SumTallies(thresholds, &count, &weight);
-    count += found.count_lo;
+    uint32_t tallied = 0;
+    double weight = 0;
+    TallyBelow(by, found.lo, threshold, &tallied, &weight);
+    const uint32_t count = tallied + found.count_lo;
     weight += found.weight_lo;
-    const int last = thresholds - 1;
-    if (first) whole = __shfl_sync(~0u, weight, last);
+    if (first) whole = __shfl_sync(~0u, weight, kThresholds - 1);
     // That the upper end is enough is known from the second pass on.
-    const bool lane_enough =
-        Lane() <= last && (enough(count, weight, whole) || (!first && Lane() == last));
+    const bool lane_enough = enough(count, weight, whole) || (!first && own == kThresholds - 1);
     const uint32_t ballot = __ballot_sync(~0u, lane_enough);
-    const int j = ballot == 0 ? last : __ffs(static_cast<int>(ballot)) - 1;
+    const int j = ballot == 0 ? kThresholds - 1 : __ffs(static_cast<int>(ballot)) - 1;
+    const int before = ballot == 0 ? j : j - 1;
     found.count_hi = __shfl_sync(~0u, count, j);
     found.weight_hi = __shfl_sync(~0u, weight, j);
     found.hi = __shfl_sync(~0u, threshold, j);
-    const int before = ballot == 0 ? last : j - 1;
     if (before >= 0) {
       found.count_lo = __shfl_sync(~0u, count, before);
       found.weight_lo = __shfl_sync(~0u, weight, before);
       found.lo = __shfl_sync(~0u, threshold, before);
     }
-    if (found.count_hi - found.count_lo <= 1 || found.hi - found.lo <= 1) return found;
+    const uint32_t undecided = found.count_hi - found.count_lo;
+    if (undecided <= 1 || found.hi - found.lo <= 1) return found;
+    if (undecided <= kFew) {
+      // The last pass has counted each CTA's undecided tokens.
+      const Tally* const tallies = shared_.cta_tally[turn_ ^ 1];
+      const int cta = min(Lane(), kCluster - 1);
+      const uint32_t of_cta =
+          tallies[cta].count[j] - (before >= 0 ? tallies[cta].count[before] : 0);
+      Settle(by, enough, of_cta, whole, &found);
+      return found;
+    }
   }
+}
+
+// Ends a search: every CTA lists its undecided tokens, lane c knows how many CTA c has; all read
+// the lists, sort the tokens, and add them one by one.
+template <class By, class Enough>
+__device__ void Sampler::Settle(const By& by, const Enough& enough, uint32_t of_cta, double whole,
+                                Found* found) {
+  ForTokens([&](float x, int) {
+    const uint32_t key = by.Key(x);
+    if (key < found->lo || key >= found->hi) return;
+    shared_.listed[atomicAdd(&shared_.num_listed, 1u)] = key;
+  });
+  SyncCluster();
+  if (threadIdx.x == 0) shared_.num_listed = 0;
+  const uint32_t n = found->count_hi - found->count_lo;
+  uint32_t mine = kNone;
+  uint32_t at = threadIdx.x;
+  for (int cta = 0; cta < kCluster; ++cta) {
+    const uint32_t count = __shfl_sync(~0u, of_cta, cta);
+    if (at < count) mine = *Of(cta, &shared_.listed[at]);
+    at = at < count ? kNone : at - count;  // What is past the last is past all of them.
+  }
+  if (threadIdx.x < kFew) shared_.few[threadIdx.x] = mine;
+  __syncthreads();
+  if (threadIdx.x < n) {
+    uint32_t place = 0;
+    for (uint32_t i = 0; i < n; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&shared_.few[i]);
+      const uint32_t others[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (uint32_t k = 0; k < 4; ++k) {
+        place += others[k] < mine || (others[k] == mine && i + k < threadIdx.x);
+      }
+    }
+    shared_.sorted[place] = mine;
+  }
+  __syncthreads();
+  // Every warp finds the first that is enough; a lane adds up a few neighbours.
+  constexpr uint32_t kEach = kFew / kWarp;
+  const uint32_t begin = static_cast<uint32_t>(Lane()) * kEach;
+  uint32_t keys[kEach];
+  float weights[kEach];
+  double own = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kEach; ++i) {
+    keys[i] = begin + i < n ? shared_.sorted[begin + i] : kNone;
+    weights[i] = begin + i < n ? by.WeightOf(keys[i]) : 0.0f;
+    own += weights[i];
+  }
+  double sum = own;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const double other = __shfl_up_sync(~0u, sum, step);
+    if (Lane() >= step) sum += other;
+  }
+  sum += found->weight_lo - own;
+  uint32_t first = kNone;
+#pragma unroll
+  for (uint32_t i = 0; i < kEach; ++i) {
+    sum += weights[i];
+    const uint32_t count = found->count_lo + begin + i + 1;
+    if (first == kNone && begin + i < n && enough(count, sum, whole)) first = begin + i;
+  }
+  first = min(__reduce_min_sync(~0u, first), n - 1);
+  const uint32_t bound = shared_.sorted[first];
+  uint32_t below = 0;
+  uint32_t ties = 0;
+  double weight_below = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kEach; ++i) {
+    below += keys[i] < bound;
+    ties += keys[i] == bound;
+    weight_below += keys[i] < bound ? double{weights[i]} : 0.0;
+  }
+  found->lo = bound;
+  found->hi = bound + 1;
+  found->count_lo += __reduce_add_sync(~0u, below);
+  found->count_hi = found->count_lo + __reduce_add_sync(~0u, ties);
+  found->weight_lo += WarpSum(weight_below);
+  found->weight_hi = found->weight_lo +
+                     static_cast<double>(by.WeightOf(bound)) * (found->count_hi - found->count_lo);
 }
 
 // What top_k and top_p leave; min_p has been applied to the distances.
@@ -589,31 +567,12 @@ __device__ Kept Sampler::Filter() {
 
 // ---- draw ---------------------------------------------------------------------------------------
 
-// The first lane at which the running weight passes *target, or, when rounding leaves none, the
-// last that has any. *target becomes what it is within that lane's part.
-__device__ __forceinline__ int PickLane(double weight, double* target) {
-  double sum = weight;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const double other = __shfl_up_sync(~0u, sum, offset);
-    if (Lane() >= offset) sum += other;
-  }
-  const uint32_t some = __ballot_sync(~0u, weight > 0);
-  const uint32_t passes = __ballot_sync(~0u, weight > 0 && sum > *target);
-  const int chosen = passes != 0 ? __ffs(static_cast<int>(passes)) - 1
-                     : some != 0 ? kWarp - 1 - __clz(static_cast<int>(some))
-                                 : 0;
-  const double before = __shfl_sync(~0u, sum, max(chosen - 1, 0));
-  if (chosen > 0) *target -= before;
-  return chosen;
-}
-
-// The first id at which the running weight_of(u, id) passes target(the whole).
+// The first id at which the running weight_of(value in shared memory, id) passes target(the whole).
 template <class WeightOf, class Target>
 __device__ int32_t Sampler::Pick(const WeightOf& weight_of, const Target& target) {
   const auto of_four = [&](const float4& v, int id) {
-    return weight_of(__float_as_uint(v.x), id) + weight_of(__float_as_uint(v.y), id + 1) +
-           weight_of(__float_as_uint(v.z), id + 2) + weight_of(__float_as_uint(v.w), id + 3);
+    return weight_of(v.x, id) + weight_of(v.y, id + 1) + weight_of(v.z, id + 2) +
+           weight_of(v.w, id + 3);
   };
   const int lane = Lane();
   double warp_weight = 0;
@@ -652,13 +611,36 @@ __device__ int32_t Sampler::Pick(const WeightOf& weight_of, const Target& target
       // The lane's four, one to a lane.
       const float* const four = reinterpret_cast<const float*>(slice_ + at + picked);
       const int id = begin_ + 4 * (at + picked);
-      const int part = PickLane(
-          lane < 4 ? double{weight_of(__float_as_uint(four[lane % 4]), id + lane)} : 0.0, &left);
+      const int part =
+          PickLane(lane < 4 ? double{weight_of(four[lane % 4], id + lane)} : 0.0, &left);
       if (lane < kCluster) *Of(lane, &shared_.picked) = id + part;
     }
   }
   SyncCluster();
   return shared_.picked;
+}
+
+// Draws a token; distances are those from the maximum over the temperature.
+__device__ int32_t Sampler::Draw(float top) {
+  const float inverse = 1.0f / row_.temperature;
+  const uint32_t cut =
+      row_.min_p > 0.0f ? min(__float_as_uint(fabsf(logf(row_.min_p))), kGone - 1) : kGone - 1;
+  const auto distance = [&](float x) {
+    const uint32_t u = __float_as_uint(fabsf((top - x) * inverse));
+    return u <= cut ? u : kGone;
+  };
+  const double uniform = PhiloxUniform(row_.seed, row_.draw_index);
+  const auto target = [&](double whole) { return uniform * whole; };
+  if (row_.top_k == 0 && row_.top_p >= 1.0f) {
+    return Pick([&](float x, int) { return Weight(distance(x)); }, target);
+  }
+  ForTokens([&](float& x, int) { x = __uint_as_float(distance(x)); });
+  Kept kept = Filter();
+  if (kept.tie < kept.end) {
+    kept.last_tie = Pick([&](float x, int) { return __float_as_uint(x) == kept.tie ? 1.0f : 0.0f; },
+                         [&](double) { return static_cast<double>(kept.ties) - 1.0; });
+  }
+  return Pick([&](float x, int id) { return kept.WeightOf(__float_as_uint(x), id); }, target);
 }
 
 // ---- top logprobs -------------------------------------------------------------------------------
@@ -667,15 +649,15 @@ __device__ int32_t Sampler::Pick(const WeightOf& weight_of, const Target& target
 __device__ void Sampler::GatherTop(float top) {
   const ByLogit by = {top};
   const auto wanted = static_cast<uint32_t>(row_.top_logprobs);
-  const Found found =
-      Search(by, ByLogit::kEnd, [&](uint32_t count, double, double) { return count >= wanted; });
+  const auto enough = [&](uint32_t count, double, double) { return count >= wanted; };
+  Found found = Search(by, by.At(24.0f), enough);  // A search among few tokens is fast.
+  if (found.count_hi < wanted) found = Search(by, ByLogit::kEnd, enough);
   const uint32_t tied = found.count_hi - found.count_lo;
   const uint32_t ties = wanted - found.count_lo;
   int32_t last_tie = 0x7fffffff;
   if (tied > 1 && ties < tied) {
-    last_tie = Pick(
-        [&](uint32_t bits, int) { return by.Key(__uint_as_float(bits)) == found.lo ? 1.0f : 0.0f; },
-        [&](double) { return static_cast<double>(ties) - 1.0; });
+    last_tie = Pick([&](float x, int) { return by.Key(x) == found.lo ? 1.0f : 0.0f; },
+                    [&](double) { return static_cast<double>(ties) - 1.0; });
   }
   ForTokens([&](float x, int id) {
     const uint32_t key = by.Key(x);
@@ -700,25 +682,6 @@ __device__ void Sampler::ReportTop(double log_sum) {
 }
 
 // ---- the row ------------------------------------------------------------------------------------
-
-// Turns the slice's logits into distances from the maximum over the temperature, and draws.
-__device__ int32_t Sampler::Draw(float top) {
-  const float inverse = 1.0f / row_.temperature;
-  const uint32_t cut = row_.min_p > 0.0f ? __float_as_uint(fabsf(logf(row_.min_p))) : kGone - 1;
-  ForTokens([&](float& x, int) {
-    const uint32_t u = __float_as_uint(fabsf((top - x) * inverse));
-    x = __uint_as_float(u <= cut ? u : kGone);
-  });
-  Kept kept;
-  if (row_.top_k > 0 || row_.top_p < 1.0f) kept = Filter();
-  if (kept.tie < kept.end) {
-    kept.last_tie = Pick([&](uint32_t u, int) { return u == kept.tie ? 1.0f : 0.0f; },
-                         [&](double) { return static_cast<double>(kept.ties) - 1.0; });
-  }
-  const double uniform = PhiloxUniform(row_.seed, row_.draw_index);
-  return Pick([&](uint32_t u, int id) { return kept.WeightOf(u, id); },
-              [&](double whole) { return uniform * whole; });
-}
 
 // The first CTA writes the result.
 __device__ void Sampler::Finish(bool finite, int32_t token, const Partial& raw) {
@@ -751,7 +714,10 @@ __device__ void Sampler::Run() {
     reinterpret_cast<uint32_t*>(&shared_.row)[threadIdx.x] =
         reinterpret_cast<const uint32_t*>(row)[threadIdx.x];
   }
-  if (threadIdx.x == 0) shared_.num_top = 0;
+  if (threadIdx.x == 0) {
+    shared_.num_listed = 0;
+    shared_.num_top = 0;
+  }
   auto started = cluster_.barrier_arrive();
   const Partial own = Load(args_.logits + int64_t{row->row} * args_.vocabulary);
   // Other CTAs' shared memory may be written once they run.

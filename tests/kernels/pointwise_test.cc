@@ -75,8 +75,11 @@ TEST_P(PointwiseTest, SiluMulMatchesFloat64OverTheWholeRange) {
   EXPECT_EQ(CompareStored(out, want, static_cast<size_t>(n), activation_dtype(), 4e-7), "");
   for (size_t i = 0; i < out.size(); ++i) {
     if (!std::isfinite(gate[i]) || gate[i] < -60.0f) continue;
+    // A GPU's fast exp() errs by 2^-22 for each unit of its argument. That is far below what is
+    // then lost by rounding to bf16, but shows next to a rounding boundary.
+    const double tolerance = IsCuda() ? 5e-7 * (1 + std::abs(gate[i])) : 5e-7;
     ASSERT_EQ(CompareStored(std::span(out).subspan(i, 1), std::span(want).subspan(i, 1), 1,
-                            activation_dtype(), 5e-7),
+                            activation_dtype(), tolerance),
               "")
         << "silu of " << gate[i];
   }

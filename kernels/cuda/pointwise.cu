@@ -6,9 +6,10 @@
 //   RopeTable           out[t][j] = factor * cos(position[t] * inv_freq[j]), and sin
 //
 // Activations are bf16, read and written 16 bytes at a time where the row length allows it (a
-// multiple of 8) and one by one elsewhere. A CTA takes a row, or a part of one; rows are few in a
-// decode step, so what counts there is the latency of one pass (about 2 us with the launch), and
-// in a prefill chunk the bandwidth.
+// multiple of 8) and one by one elsewhere. A CTA takes a row, or a part of one. In a decode step
+// rows are few and what counts is the latency of one pass: 0.8 to 1.9 us per launch in a graph at 1
+// to 32 rows of Qwen2.5-7B. In a prefill chunk of 8192 rows it is the bandwidth: SiluMul moves 4.39
+// TB/s (95 % of the reads' ceiling), RmsNorm and Embed 2.9 TB/s (63 %).
 
 #include <cuda_bf16.h>
 

@@ -95,12 +95,14 @@ StepCost SparseStepCost(const ModelConfig& config, const kernels::KvLayout& layo
 
 double SecondsOf(const StepCost& cost, const kernels::Ceilings& ceilings) {
   const auto seconds = [&](const Roofline& stage, const CeilingShare& share) {
-    return stage.Seconds(kernels::Ceilings{share.bytes * ceilings.read_bytes_per_s,
-                                           share.flops * ceilings.flops_per_s});
+    return stage.Seconds(
+        kernels::Ceilings{.read_bytes_per_s = share.bytes * ceilings.read_bytes_per_s,
+                          .flops_per_s = share.flops * ceilings.flops_per_s});
   };
   return seconds(cost.linear, kLinearShare) + seconds(cost.head, kLinearShare) +
          seconds(cost.select, kSelectShare) + seconds(cost.sparse_attend, kSparseAttendShare) +
-         seconds(cost.dense_attend, kDenseAttendShare) + cost.sparse_layers * kSparseLayerSeconds;
+         seconds(cost.dense_attend, kDenseAttendShare) +
+         2 * cost.sparse_layers * ceilings.op_seconds;
 }
 
 AttentionForecast Forecast(const ModelConfig& config, const kernels::KvLayout& layout,

@@ -10,7 +10,7 @@
 // kernels reach the shares b and c of the ceilings (kLinearShare and the others below). A decode
 // step of one sequence of n tokens is
 //   dense    linear(1 row) + attend(1 row, n tokens)
-//   sparse   linear(1 row) + select(n tokens) + attend(kept tokens) + kSparseLayerSeconds a layer
+//   sparse   linear(1 row) + select(n tokens) + attend(kept tokens) + 2 op_seconds a layer
 // and a rectified token the average of a cycle of f = rectify_interval: f - 1 sparse steps, then
 //   window   linear(f rows) + attend(f rows, n tokens)
 // so that rectification adds (window - sparse) / f to every token. Norms, rotary embedding and
@@ -55,8 +55,6 @@ inline constexpr CeilingShare kLinearShare = {.bytes = 0.8, .flops = 0.8};
 inline constexpr CeilingShare kDenseAttendShare = {.bytes = 0.95, .flops = 0.5};
 inline constexpr CeilingShare kSelectShare = {.bytes = 0.5, .flops = 0.5};
 inline constexpr CeilingShare kSparseAttendShare = {.bytes = 0.6, .flops = 0.4};
-// Two more parallel loops in every layer.
-inline constexpr double kSparseLayerSeconds = 4e-6;
 
 double SecondsOf(const StepCost& cost, const kernels::Ceilings& ceilings);
 

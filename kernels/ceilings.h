@@ -16,6 +16,9 @@ struct Ceilings {
   // device with matrix units: a large bf16 product with f32 sums by the vendor's library, on random
   // values, so the share of it that a kernel reaches can pass 100 % by a little.
   double flops_per_s = 0;
+  // What an op takes however little it has to do, in seconds: a CPU's threads meet, a device's
+  // kernel starts, fetches one thing after the other and ends. Known of the backend, not measured.
+  double op_seconds = 2e-6;
 };
 
 }  // namespace resa::kernels

@@ -150,7 +150,7 @@ TEST(StepCostTest, AStageTakesTheLargerOfBytesAndFlops) {
   EXPECT_DOUBLE_EQ(SecondsOf(cost, kLaptop), 2 / kLinearShare.flops + 0.1 / kSelectShare.bytes);
   cost.sparse_layers = 3;
   EXPECT_DOUBLE_EQ(SecondsOf(cost, kLaptop),
-                   2 / kLinearShare.flops + 0.1 / kSelectShare.bytes + 3 * kSparseLayerSeconds);
+                   2 / kLinearShare.flops + 0.1 / kSelectShare.bytes + 3 * 2 * kLaptop.op_seconds);
 }
 
 TEST(StepCostTest, HalfABillionParametersByHand) {

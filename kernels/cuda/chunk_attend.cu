@@ -39,12 +39,14 @@ constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kQueryThreads = 96;  // The feeding warpgroup less the warp that copies K and V.
+constexpr int kQueryWarps = 3;  // The feeding warpgroup less the warp that copies K and V.
 constexpr int kFeedRegisters = 40;
 constexpr int kConsumerRegisters = 232;
-// Named barriers: 1 + w lets warpgroup w issue products, 1 + kConsumers + w is its own.
+// Named barriers: the first two let one warpgroup each issue products, the next two are one
+// warpgroup's own, the last is all consumers'.
 constexpr int kTurnBarrier = 1;
 constexpr int kOwnBarrier = kTurnBarrier + kConsumers;
+constexpr int kConsumerBarrier = kOwnBarrier + kConsumers;
 // Width of a tile's columns in shared memory, in elements: 128 bytes.
 constexpr int kColumn = 64;
 constexpr int kColumnRowBytes = kColumn * 2;
@@ -63,9 +65,12 @@ struct AttendArgs {
   int64_t page_stride = 0;
   const ChunkWork* work = nullptr;
   uint32_t* next_work = nullptr;  // Pieces taken beyond each CTA's first, and CTAs that are done.
-  float* partials = nullptr;      // [partials * Hk][128][d]
-  float2* partial_ml = nullptr;   // [partials * Hk][128]: maximum in powers of two, sum
-  int pieces = 0;                 // Works times KV heads.
+  const ChunkMerge* merge = nullptr;
+  uint32_t* arrived = nullptr;   // [merges * Hk]: warpgroups that have written their part
+  float* partials = nullptr;     // [partials * Hk][128][d]
+  float2* partial_ml = nullptr;  // [partials * Hk][128]: maximum in powers of two, sum
+  int pieces = 0;                // Works times KV heads; piece i is of head i % Hk.
+  int merges = 0;
   int group = 0;
   int kv_heads = 0;
   float scale_log2 = 0;  // log2(e) / sqrt(d)
@@ -148,6 +153,8 @@ __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared)
     // Lane i looks up the tile's page i, one tile ahead of the copies.
     int page = piece.work.key_begin / kPageTokens + lane;
     int id = lane < kTilePages && page < page_end ? pages[page] : 0;
+    // No kernel writes the plan or the page tables, so they may be read before.
+    WaitForPrevious();
     for (int key = piece.work.key_begin; key < piece.work.key_end; key += kTileKeys) {
       const int row = (id * args.kv_heads + piece.head) * kPageTokens;
       const int count = min(kTilePages, page_end - key / kPageTokens);
@@ -163,45 +170,55 @@ __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared)
     if (lane == 0) next = gridDim.x + atomicAdd(args.next_work, 1u);
     next = __shfl_sync(~0u, next, 0);
   }
-  if (lane != 0) return;
-  // The last CTA to find nothing leaves the counters at zero.
-  __threadfence();
-  if (atomicAdd(args.next_work + 1, 1u) == gridDim.x - 1) {
-    args.next_work[0] = 0;
-    args.next_work[1] = 0;
-  }
 }
 
-// Warps 1 to 3: gather the packed rows of each piece's queries, swizzled as wgmma wants them.
+// Which row of q and of the output, taken as [T * Hq, d], a packed row of a head is.
+__device__ __forceinline__ int QueryRow(const AttendArgs& args, int row_begin, int packed,
+                                        int head) {
+  const int r = packed / args.group;
+  return ((row_begin + r) * args.kv_heads + head) * args.group + packed - r * args.group;
+}
+
+// Gathers a piece's queries, swizzled as wgmma wants them; one of kQueryWarps warps.
+template <int kHeadDim>
+__device__ __forceinline__ void GatherQueries(const AttendArgs& args,
+                                              AttendShared<kHeadDim>& shared, const ChunkWork& work,
+                                              int head, int warp) {
+  constexpr int kUnits = kHeadDim / 8;  // Of 16 bytes, in a row.
+  constexpr int kRowsAtOnce = 32 / kUnits;
+  const int lane = threadIdx.x % 32;
+  const int unit = lane % kUnits;
+#pragma unroll
+  for (int block = 0; block < kTileRows; block += 32) {
+    // Each lane works out where one row is; the rows are then copied by all lanes.
+    const int packed = min(work.packed_begin + block + lane, work.packed_end - 1);
+    const int from = QueryRow(args, work.row_begin, packed, head);
+    for (int i = warp * kRowsAtOnce; i < 32; i += kQueryWarps * kRowsAtOnce) {
+      const int row = i + lane / kUnits;
+      const int64_t begin = static_cast<int64_t>(__shfl_sync(~0u, from, row)) * kHeadDim;
+      CopyAsync16(SharedAddress(&shared.q[unit / 8][block + row][((unit % 8) ^ (row % 8)) * 8]),
+                  args.q + begin + unit * 8);
+    }
+  }
+  CopyAsyncCommit();
+  CopyAsyncWait<0>();
+  ProxyFence();
+}
+
+// The other warps of the feeding warpgroup.
 template <int kHeadDim>
 __device__ void FeedQueries(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
-  constexpr int kUnits = kHeadDim / 8;  // Of 16 bytes.
+  const int warp = static_cast<int>(threadIdx.x) / 32 - 1;
   Turn<kPieceSlots> turn;
+  WaitForPrevious();
   for (uint32_t parity = 0;; parity ^= 1) {
     BarrierWait(&shared.piece_full[turn.slot], turn.parity);
-    const ChunkWork work = shared.piece[turn.slot].work;
-    const int head = shared.piece[turn.slot].head;
+    const Piece piece = shared.piece[turn.slot];
     turn.Advance();
     BarrierWait(&shared.query_empty, parity ^ 1);
-    if (work.key_end == 0) {
-      BarrierArrive(&shared.query_full);
-      return;
-    }
-    for (int i = threadIdx.x - 32; i < kTileRows * kUnits; i += kQueryThreads) {
-      const int row = i / kUnits;
-      const int unit = i % kUnits;
-      const int packed = min(work.packed_begin + row, work.packed_end - 1);
-      const int r = packed / args.group;
-      const int64_t from =
-          (static_cast<int64_t>(work.row_begin + r) * args.kv_heads + head) * args.group + packed -
-          r * args.group;
-      CopyAsync16(SharedAddress(&shared.q[unit / 8][row][((unit % 8) ^ (row % 8)) * 8]),
-                  args.q + from * kHeadDim + unit * 8);
-    }
-    CopyAsyncCommit();
-    CopyAsyncWait<0>();
-    ProxyFence();
+    if (piece.work.key_end > 0) GatherQueries(args, shared, piece.work, piece.head, warp);
     BarrierArrive(&shared.query_full);
+    if (piece.work.key_end == 0) return;
   }
 }
 
@@ -265,6 +282,15 @@ struct Softmax {
         }
       }
       l[i] = fmaf(l[i], shrink[i], sum[0] + sum[1]);
+    }
+  }
+
+  // Adds up the columns of the four threads that share a row.
+  __device__ __forceinline__ void Finish() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l[i] += __shfl_xor_sync(~0u, l[i], 1);
+      l[i] += __shfl_xor_sync(~0u, l[i], 2);
     }
   }
 };
@@ -352,10 +378,7 @@ __device__ __forceinline__ void WriteOutput(const AttendArgs& args, const ChunkW
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float inverse = 1.0f / l[i];
-    const int r = rows.packed[i] / args.group;
-    const int64_t at =
-        (static_cast<int64_t>(work.row_begin + r) * args.kv_heads + head) * args.group +
-        rows.packed[i] - r * args.group;
+    const int64_t at = QueryRow(args, work.row_begin, rows.packed[i], head);
     __nv_bfloat16* to = args.out + at * kHeadDim + threadIdx.x % 4 * 8;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; n += 4) {
@@ -393,43 +416,53 @@ __device__ __forceinline__ void WritePartial(const AttendArgs& args, const Chunk
   }
 }
 
-// Warpgroup `warpgroup` of the consumers: 64 packed rows of every piece.
+// Counts the warpgroup's part of a merge as written.
+__device__ __forceinline__ void ReportPartial(const AttendArgs& args, const ChunkWork& work,
+                                              int head, int warpgroup) {
+  NamedBarrier(kOwnBarrier + warpgroup, kWarpgroup);
+  if (threadIdx.x % kWarpgroup != 0) return;
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(
+                   &args.arrived[work.merge * args.kv_heads + head])
+               : "memory");
+}
+
+// One of the warpgroups that compute: 64 packed rows of every piece.
 template <int kHeadDim>
-__device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, int warpgroup) {
-  const bool signals = threadIdx.x % 32 == 0;
-  if (warpgroup == 1) NamedBarrierArrive(kTurnBarrier, kConsumers * kWarpgroup);
-  Turn<kPieceSlots> turn;
-  Turn<kStages> k_turn;
-  Turn<kStages> v_turn;
-  const uint64_t q = MakeOperand(&shared.q[0][warpgroup * 64], kAtomBytes, 16);
-  const auto k_operand = [&] {
-    return MakeOperand(shared.k[k_turn.slot], kGroupBytes<kHeadDim>, 16);
-  };
-  const auto v_operand = [&] {
-    return MakeOperand(shared.v[v_turn.slot], kGroupBytes<kHeadDim>, kAtomBytes);
-  };
-  const auto release_k = [&] {
-    if (signals) BarrierArrive(&shared.k_empty[k_turn.slot]);
-    k_turn.Advance();
-  };
-  const auto release_v = [&] {
-    if (signals) BarrierArrive(&shared.v_empty[v_turn.slot]);
-    v_turn.Advance();
-  };
-  for (uint32_t parity = 0;; parity ^= 1) {
-    BarrierWait(&shared.query_full, parity);
-    const ChunkWork work = shared.piece[turn.slot].work;
-    const int head = shared.piece[turn.slot].head;
-    if (work.key_end == 0) return;
-    __syncwarp();
-    if (signals) BarrierArrive(&shared.piece_empty[turn.slot]);
-    turn.Advance();
-    const Rows rows(args, work, warpgroup);
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const AttendArgs& args, AttendShared<kHeadDim>& shared,
+                                      int warpgroup)
+      : args_(args), shared_(shared), warpgroup_(warpgroup) {}
+
+  // Takes part in every piece of the CTA.
+  __device__ __forceinline__ void Run() {
+    if (warpgroup_ == 1) PassTurn();
+    Turn<kPieceSlots> turn;
+    for (uint32_t parity = 0;; parity ^= 1) {
+      BarrierWait(&shared_.query_full, parity);
+      const Piece piece = shared_.piece[turn.slot];
+      if (piece.work.key_end == 0) return;
+      __syncwarp();
+      Signal(&shared_.piece_empty[turn.slot]);
+      turn.Advance();
+      Attend(piece.work, piece.head);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void Attend(const ChunkWork& work, int head) {
+    const Rows rows(args_, work, warpgroup_);
     const int tiles = (work.key_end - work.key_begin + kTileKeys - 1) / kTileKeys;
     // Tiles from this one on have keys past the warpgroup's first row.
-    const int first_row = min(work.packed_begin + warpgroup * 64, work.packed_end - 1);
-    const int first_own = work.position + first_row / args.group;
+    const int first_row = min(work.packed_begin + warpgroup_ * 64, work.packed_end - 1);
+    const int first_own = work.position + first_row / args_.group;
     const int masked_from = max(0, first_own + 1 - work.key_begin) / kTileKeys;
+    const auto mask = [&](float(&scores)[kTileKeys / 2], int tile) {
+      if (tile < masked_from) return;
+      const int key = work.key_begin + tile * kTileKeys;
+      const int limit[2] = {rows.own[0] - key, rows.own[1] - key};
+      Mask(scores, limit);
+    };
     Softmax softmax;
     float shrink[2];
     float s[kTileKeys / 2];
@@ -438,37 +471,26 @@ __device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
 
-    BarrierWait(&shared.k_full[k_turn.slot], k_turn.parity);
-    BeginScores<kHeadDim>(s, q, k_operand());
+    WaitForKeys();
+    BeginKeys(s);
     WgmmaWait<0>();
-    KeepInOrder(s);
-    release_k();
-    if (masked_from == 0) {
-      const int limit[2] = {rows.own[0] - work.key_begin, rows.own[1] - work.key_begin};
-      Mask(s, limit);
-    }
-    softmax.Take(s, args.scale_log2, shrink);
+    EndKeys(s);
+    mask(s, 0);
+    softmax.Take(s, args_.scale_log2, shrink);
     PackWeights(s, p);
-    for (int t = 1; t < tiles; ++t) {
-      BarrierWait(&shared.k_full[k_turn.slot], k_turn.parity);
-      NamedBarrier(kTurnBarrier + warpgroup, kConsumers * kWarpgroup);
-      BeginScores<kHeadDim>(s, q, k_operand());
-      BarrierWait(&shared.v_full[v_turn.slot], v_turn.parity);
-      BeginOutput<kHeadDim>(o, p, v_operand());
-      NamedBarrierArrive(kTurnBarrier + (warpgroup ^ 1), kConsumers * kWarpgroup);
+    for (int tile = 1; tile < tiles; ++tile) {
+      WaitForKeys();
+      NamedBarrier(kTurnBarrier + warpgroup_, kConsumers * kWarpgroup);
+      BeginKeys(s);
+      BeginValues(o, p);
+      PassTurn();
       WgmmaWait<1>();
-      KeepInOrder(s);
-      release_k();
-      if (t >= masked_from) {
-        const int key = work.key_begin + t * kTileKeys;
-        const int limit[2] = {rows.own[0] - key, rows.own[1] - key};
-        Mask(s, limit);
-      }
-      softmax.Take(s, args.scale_log2, shrink);
+      EndKeys(s);
+      mask(s, tile);
+      softmax.Take(s, args_.scale_log2, shrink);
       KeepOverlap(softmax);
       WgmmaWait<0>();
-      KeepInOrder(o);
-      release_v();
+      EndValues(o);
       // After a while maxima seldom rise. Times one would change nothing.
       if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
@@ -476,91 +498,71 @@ __device__ void Consume(const AttendArgs& args, AttendShared<kHeadDim>& shared, 
       }
       PackWeights(s, p);
     }
-    if (signals) BarrierArrive(&shared.query_empty);
-    BarrierWait(&shared.v_full[v_turn.slot], v_turn.parity);
+    Signal(&shared_.query_empty);
+    BarrierWait(&shared_.v_full[v_turn_.slot], v_turn_.parity);
     const int valid = work.key_end - work.key_begin - (tiles - 1) * kTileKeys;
-    if (valid < kTileKeys) ZeroTail<kHeadDim>(shared.v[v_turn.slot], valid, warpgroup);
-    BeginOutput<kHeadDim>(o, p, v_operand());
+    if (valid < kTileKeys) ZeroTail<kHeadDim>(shared_.v[v_turn_.slot], valid, warpgroup_);
+    BeginValues(o, p);
     WgmmaWait<0>();
-    KeepInOrder(o);
-    release_v();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      softmax.l[i] += __shfl_xor_sync(~0u, softmax.l[i], 1);
-      softmax.l[i] += __shfl_xor_sync(~0u, softmax.l[i], 2);
-    }
+    EndValues(o);
+    softmax.Finish();
     if (work.partial < 0) {
-      WriteOutput<kHeadDim>(args, work, head, rows, o, softmax.l);
+      WriteOutput<kHeadDim>(args_, work, head, rows, o, softmax.l);
     } else {
-      WritePartial<kHeadDim>(args, work, head, rows, o, softmax);
+      WritePartial<kHeadDim>(args_, work, head, rows, o, softmax);
+      ReportPartial(args_, work, head, warpgroup_);
     }
   }
-}
 
-template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1)
-    ChunkAttendKernel(const __grid_constant__ AttendArgs args) {
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  auto& shared = *reinterpret_cast<AttendShared<kHeadDim>*>(shared_bytes);
-  if (threadIdx.x == 0) {
-    PrefetchTensorMap(&args.k);
-    PrefetchTensorMap(&args.v);
-    BarrierInit(&shared.query_full, kQueryThreads);
-    BarrierInit(&shared.query_empty, kConsumerWarps);
-    for (int i = 0; i < kPieceSlots; ++i) {
-      BarrierInit(&shared.piece_full[i], 1);
-      BarrierInit(&shared.piece_empty[i], kConsumerWarps);
-    }
-    for (int i = 0; i < kStages; ++i) {
-      BarrierInit(&shared.k_full[i], 1);
-      BarrierInit(&shared.k_empty[i], kConsumerWarps);
-    }
-    for (int i = 0; i < kStages; ++i) {
-      BarrierInit(&shared.v_full[i], 1);
-      BarrierInit(&shared.v_empty[i], kConsumerWarps);
-    }
-    BarrierInitFence();
+  __device__ __forceinline__ void WaitForKeys() {
+    BarrierWait(&shared_.k_full[k_turn_.slot], k_turn_.parity);
   }
-  __syncthreads();
-  WaitForPrevious();
-  if (threadIdx.x < kWarpgroup) {
-    LowerRegisters<kFeedRegisters>();
-    if (threadIdx.x < 32) {
-      FeedKeys<kHeadDim>(args, shared);
-    } else {
-      FeedQueries<kHeadDim>(args, shared);
-    }
-  } else {
-    RaiseRegisters<kConsumerRegisters>();
-    Consume<kHeadDim>(args, shared, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+  // The products of the next tile of keys and of values. A WgmmaWait stands between Begin and End.
+  __device__ __forceinline__ void BeginKeys(float (&s)[kTileKeys / 2]) {
+    BeginScores<kHeadDim>(s, MakeOperand(&shared_.q[0][warpgroup_ * 64], kAtomBytes, 16),
+                          MakeOperand(shared_.k[k_turn_.slot], kGroupBytes<kHeadDim>, 16));
   }
-  LetNextStart();
-}
+  __device__ __forceinline__ void EndKeys(float (&s)[kTileKeys / 2]) {
+    KeepInOrder(s);
+    Signal(&shared_.k_empty[k_turn_.slot]);
+    k_turn_.Advance();
+  }
+  __device__ __forceinline__ void BeginValues(float (&o)[kHeadDim / 2],
+                                              const uint32_t (&p)[kTileKeys / 16][4]) {
+    BarrierWait(&shared_.v_full[v_turn_.slot], v_turn_.parity);
+    BeginOutput<kHeadDim>(o, p,
+                          MakeOperand(shared_.v[v_turn_.slot], kGroupBytes<kHeadDim>, kAtomBytes));
+  }
+  __device__ __forceinline__ void EndValues(float (&o)[kHeadDim / 2]) {
+    KeepInOrder(o);
+    Signal(&shared_.v_empty[v_turn_.slot]);
+    v_turn_.Advance();
+  }
+
+  // Lets the other warpgroup issue its products.
+  __device__ __forceinline__ void PassTurn() {
+    NamedBarrierArrive(kTurnBarrier + (warpgroup_ ^ 1), kConsumers * kWarpgroup);
+  }
+  // One arrival per warp.
+  __device__ __forceinline__ void Signal(uint64_t* barrier) {
+    if (threadIdx.x % 32 == 0) BarrierArrive(barrier);
+  }
+
+  const AttendArgs& args_;
+  AttendShared<kHeadDim>& shared_;
+  const int warpgroup_;
+  Turn<kStages> k_turn_;
+  Turn<kStages> v_turn_;
+};
 
 // ---- merging ----------------------------------------------------------------------------------
 
-struct MergeArgs {
-  const ChunkMerge* merge = nullptr;
-  const float* partials = nullptr;
-  const float2* partial_ml = nullptr;
-  __nv_bfloat16* out = nullptr;
-  int group = 0;
-  int kv_heads = 0;
-};
-
-// One warp per packed row: the partial results in the order of their keys. Grid: merges x KV heads
-// x 128 / 8 rows.
+// Packed row `row` of a merge's tile, by one warp: the partial results in the order of their keys.
 template <int kHeadDim>
-__global__ void __launch_bounds__(256) ChunkMergeKernel(const MergeArgs args) {
+__device__ __forceinline__ void MergeRow(const AttendArgs& args, const ChunkMerge& merge, int head,
+                                         int row) {
   constexpr int kPer = kHeadDim / 32;
-  WaitForPrevious();
-  LetNextStart();
-  const ChunkMerge merge = args.merge[blockIdx.x];
-  const int head = blockIdx.y;
-  const int row = blockIdx.z * 8 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int packed = merge.packed_begin + row;
-  if (packed >= merge.packed_end) return;
   const auto at = [&](int i) {
     return (static_cast<int64_t>(merge.partial_begin + i) * args.kv_heads + head) * kTileRows + row;
   };
@@ -578,7 +580,7 @@ __global__ void __launch_bounds__(256) ChunkMergeKernel(const MergeArgs args) {
       sum = weight * ml.y;
     }
     const int count = min(32, merge.partials - begin);
-#pragma unroll 8
+#pragma unroll 16
     for (int i = 0; i < count; ++i) {
       const float* from = args.partials + at(begin + i) * kHeadDim + lane * kPer;
       const float w = __shfl_sync(~0u, weight, i);
@@ -597,16 +599,89 @@ __global__ void __launch_bounds__(256) ChunkMergeKernel(const MergeArgs args) {
     }
   }
   const float inverse = 1.0f / l;
-  __nv_bfloat16* to =
-      args.out +
-      (static_cast<int64_t>(merge.row_begin + packed / args.group) * args.kv_heads * args.group +
-       head * args.group + packed % args.group) *
-          kHeadDim +
-      lane * kPer;
+  const int64_t to = QueryRow(args, merge.row_begin, merge.packed_begin + row, head);
 #pragma unroll
   for (int j = 0; j < kPer; j += 2) {
-    *reinterpret_cast<uint32_t*>(to + j) = PackBf16(o[j] * inverse, o[j + 1] * inverse);
+    *reinterpret_cast<uint32_t*>(args.out + to * kHeadDim + lane * kPer + j) =
+        PackBf16(o[j] * inverse, o[j + 1] * inverse);
   }
+}
+
+// When no piece is left, the consumers' warps of all CTAs share the rows to merge. Every piece has
+// been taken by a CTA that runs by then, so waiting for it ends.
+template <int kHeadDim>
+__device__ void MergeRows(const AttendArgs& args) {
+  const int warp = static_cast<int>(threadIdx.x - kWarpgroup) / 32;
+  const int units = args.merges * args.kv_heads * kTileRows;
+  for (int unit = blockIdx.x * kConsumerWarps + warp; unit < units;
+       unit += gridDim.x * kConsumerWarps) {
+    const int row = unit % kTileRows;
+    const int which = unit / kTileRows;
+    const ChunkMerge merge = args.merge[which / args.kv_heads];
+    if (merge.packed_begin + row >= merge.packed_end) continue;
+    for (;;) {
+      uint32_t arrived;
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(arrived)
+                   : "l"(&args.arrived[which])
+                   : "memory");
+      if (arrived == static_cast<uint32_t>(kConsumers * merge.partials)) break;
+      __nanosleep(20);
+    }
+    __syncwarp();
+    MergeRow<kHeadDim>(args, merge, which % args.kv_heads, row);
+  }
+}
+
+// The last CTA to come here leaves all counters at zero.
+__device__ __forceinline__ void LeaveCounters(const AttendArgs& args) {
+  NamedBarrier(kConsumerBarrier, kConsumers * kWarpgroup);
+  if (threadIdx.x != kWarpgroup) return;
+  __threadfence();
+  if (atomicAdd(args.next_work + 1, 1u) != gridDim.x - 1) return;
+  args.next_work[0] = 0;
+  args.next_work[1] = 0;
+  for (int i = 0; i < args.merges * args.kv_heads; ++i) args.arrived[i] = 0;
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    ChunkAttendKernel(const __grid_constant__ AttendArgs args) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<AttendShared<kHeadDim>*>(shared_bytes);
+  if (threadIdx.x == 0) {
+    PrefetchTensorMap(&args.k);
+    PrefetchTensorMap(&args.v);
+    BarrierInit(&shared.query_full, kQueryWarps * 32);
+    BarrierInit(&shared.query_empty, kConsumerWarps);
+    for (int i = 0; i < kPieceSlots; ++i) {
+      BarrierInit(&shared.piece_full[i], 1);
+      BarrierInit(&shared.piece_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      BarrierInit(&shared.k_full[i], 1);
+      BarrierInit(&shared.k_empty[i], kConsumerWarps);
+      BarrierInit(&shared.v_full[i], 1);
+      BarrierInit(&shared.v_empty[i], kConsumerWarps);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    LowerRegisters<kFeedRegisters>();
+    if (threadIdx.x < 32) {
+      FeedKeys<kHeadDim>(args, shared);
+    } else {
+      FeedQueries<kHeadDim>(args, shared);
+    }
+  } else {
+    RaiseRegisters<kConsumerRegisters>();
+    WaitForPrevious();
+    Consumer<kHeadDim>(args, shared, static_cast<int>(threadIdx.x) / kWarpgroup - 1).Run();
+    MergeRows<kHeadDim>(args);
+    LeaveCounters(args);
+  }
+  LetNextStart();
 }
 
 template <int kHeadDim>
@@ -633,13 +708,8 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   args.group = params.num_heads / kv_heads;
   args.kv_heads = kv_heads;
   args.scale_log2 = 1.44269504088896f / sqrtf(static_cast<float>(kHeadDim));
-  MergeArgs merge;
-  merge.partials = args.partials;
-  merge.partial_ml = args.partial_ml;
-  merge.out = args.out;
-  merge.group = args.group;
-  merge.kv_heads = kv_heads;
-  args.next_work = context.chunk_planner->next_work();
+  args.next_work = context.chunk_planner->counters();
+  args.arrived = args.next_work + 2;
   constexpr int kSharedBytes = sizeof(AttendShared<kHeadDim>);
   static const cudaError_t raised = cudaFuncSetAttribute(
       ChunkAttendKernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -647,12 +717,10 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   for (const ChunkPass& pass : plan.passes) {
     args.work = context.chunk_planner->work() + pass.work_begin;
     args.pieces = pass.works * kv_heads;
+    args.merge = context.chunk_planner->merge() + pass.merge_begin;
+    args.merges = pass.merges;
     LaunchOverlapped(context.stream, ChunkAttendKernel<kHeadDim>,
                      std::min(args.pieces, context.device.sms), kThreads, kSharedBytes, 1, args);
-    if (pass.merges == 0) continue;
-    merge.merge = context.chunk_planner->merge() + pass.merge_begin;
-    LaunchOverlapped(context.stream, ChunkMergeKernel<kHeadDim>,
-                     dim3(pass.merges, kv_heads, kTileRows / 8), 256, 0, 1, merge);
   }
 }
 

@@ -162,6 +162,7 @@ ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkSh
     pass.works = static_cast<int32_t>(plan.work.size()) - pass.work_begin;
     pass.merges = static_cast<int32_t>(plan.merge.size()) - pass.merge_begin;
     plan.partials = std::max(plan.partials, partials);
+    plan.merges = std::max(plan.merges, pass.merges);
     if (pass.works > 0) plan.passes.push_back(pass);
     pass.work_begin = static_cast<int32_t>(plan.work.size());
     pass.merge_begin = static_cast<int32_t>(plan.merge.size());
@@ -175,14 +176,18 @@ ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkSh
       if (partials > 0 && after > kMaxPassPieces) finish_pass();
     }
     const DenseChunk& chunk = chunks[tile.chunk];
-    ChunkWork work{chunk.row_begin, chunk.position,
-                   chunk.table,     tile.packed_begin,
-                   tile.packed_end, 0,
-                   tile.keys,       -1};
+    ChunkWork work;
+    work.row_begin = chunk.row_begin;
+    work.position = chunk.position;
+    work.table = chunk.table;
+    work.packed_begin = tile.packed_begin;
+    work.packed_end = tile.packed_end;
+    work.key_end = tile.keys;
     if (pieces == 1) {
       plan.work.push_back(work);
       continue;
     }
+    work.merge = static_cast<int32_t>(plan.merge.size()) - pass.merge_begin;
     plan.merge.push_back(
         ChunkMerge{chunk.row_begin, tile.packed_begin, tile.packed_end, partials, pieces});
     for (int i = 0; i < pieces; ++i) {
@@ -239,7 +244,7 @@ void ChunkPlanner::Upload(cudaStream_t stream) {
   RESA_CUDA_CHECK(cudaEventRecord(stage.copied, stream));
   work_ = reinterpret_cast<const ChunkWork*>(device);
   merge_ = reinterpret_cast<const ChunkMerge*>(device + work_bytes);
-  next_work_ = counters_.Reserve(2, stream);
+  zeros_ = counters_.Reserve(2 + static_cast<size_t>(plan_.merges) * shape_.kv_heads, stream);
 }
 
 }  // namespace resa::kernels::cuda

@@ -30,6 +30,7 @@ struct ChunkWork {
   int32_t key_begin = 0;     // A multiple of the shape's tile_keys.
   int32_t key_end = 0;       // At most one past the position of the tile's last row.
   int32_t partial = -1;      // Where the partial result goes; -1: this is all, write the output.
+  int32_t merge = -1;        // Of its pass, that takes up the partial result.
 };
 
 struct ChunkMerge {
@@ -53,6 +54,7 @@ struct ChunkPlan {
   std::vector<ChunkMerge> merge;  // Partials count from 0 in each pass.
   std::vector<ChunkPass> passes;
   int32_t partials = 0;  // The most that a pass has.
+  int32_t merges = 0;    // The same.
 };
 
 // What a plan depends on beside the chunks.
@@ -83,7 +85,8 @@ class ChunkPlanner {
                         cudaStream_t stream);
   const ChunkWork* work() const { return work_; }     // device
   const ChunkMerge* merge() const { return merge_; }  // device
-  uint32_t* next_work() const { return next_work_; }  // device, two counters at zero
+  // Device memory at zero: two counters, and one for each merge of a pass and KV head.
+  uint32_t* counters() const { return zeros_; }
 
  private:
   struct Stage {
@@ -103,7 +106,7 @@ class ChunkPlanner {
   int next_stage_ = 0;
   const ChunkWork* work_ = nullptr;
   const ChunkMerge* merge_ = nullptr;
-  uint32_t* next_work_ = nullptr;
+  uint32_t* zeros_ = nullptr;
 };
 
 }  // namespace resa::kernels::cuda

@@ -49,8 +49,8 @@ resa_say "Comparing the tokenizer with the tokenizers library on SmolLM2's vocab
 
 # The GPU's kernels compile wherever nvcc is; tests/gpu/run.sh runs them where a GPU is.
 if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
-  resa_build cuda-release resad resactl resa_bench process_test
-  run_tests cuda-release "e2e" -R process_test
+  resa_build cuda-release resad resactl resa_bench process_test cuda_ops_test
+  run_tests cuda-release ".*" -R "^(process|cuda_ops)_test$"
 else
   resa_say "No nvcc here: the CUDA backend is not compiled."
 fi

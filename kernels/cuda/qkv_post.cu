@@ -188,9 +188,10 @@ __device__ __forceinline__ void BuildSketch(Head<kDim> head, int planes, int slo
   constexpr int kEach = Head<kDim>::kEach;
   constexpr int kWords = kDim / 32;
   const int lane = Head<kDim>::Lane();
-  head.Hadamard();
+  // The rotation keeps the sum of squares, which then need not wait for it.
   const float x_dot_x = head.SumOfSquares();
-  const float inv_step = 1.0f / (kSketchStep * sqrtf(x_dot_x / static_cast<float>(kDim)));
+  const float inv_step = rsqrtf(x_dot_x / static_cast<float>(kDim)) / kSketchStep;
+  head.Hadamard();
   float x_dot_level = 0;
   // Lane p * kWords + w writes the word w of plane p: it keeps the ballots of that word's half.
   const int my_plane = lane / kWords;
@@ -272,10 +273,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) QkvPostKernel(const QkvPostA
       std::conditional_t<kKind == SelectorKind::kSketch, SketchShared<kDim>, MinMaxShared<kDim>>;
   __shared__ Shared shared;
   LetNextStart();
-  WaitForPrevious();
+  // The list came to the device before any kernel of the step was launched.
   const int kv_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(args.kv_heads));
   const PageWrite write = args.writes[blockIdx.x / static_cast<unsigned>(args.kv_heads)];
   const int slots = write.slots;
+  WaitForPrevious();
   if (slots <= 0) return;
   const int64_t run = (int64_t{write.page} * args.kv_heads + kv_head);
   __nv_bfloat16* const k_page = args.k_pool + run * kPageTokens * kDim;

@@ -4,10 +4,11 @@
 //   q [T, Hq * d] bf16; descriptors [page][Hk]{u32 words[planes][d / 32][16], bf16 scale[16]},
 //   pages through the page table; ids [row][KV head][keep] out.
 //
-// A cluster of CTAs has one (row, KV head), each CTA a contiguous range of chunks of 128 tokens,
-// each of its warps a chunk at a time, read from memory to registers one chunk ahead. The masses of
-// a block, one per head, stay in shared memory until the cluster knows every head's total; then
-// they become one score per block. When a CTA's part does not fit it lies in global scratch.
+// A team of CTAs (select_team.cuh) has one (row, KV head), each CTA a contiguous range of chunks of
+// 128 tokens, each of its warps a chunk at a time, read from memory to registers one chunk ahead.
+// The masses of a block, one per head, stay in shared memory until the team knows every head's
+// total; then they become one score per block. When a CTA's part does not fit it lies in global
+// scratch. Teams are as large as their row is long, so that all CTAs have about the same to do.
 //
 // Progressive reading is a loop of such passes: the ids that one pass keeps are a list in global
 // scratch, which the next one cuts anew among the CTAs and reads with one plane more.
@@ -18,8 +19,6 @@
 //
 // Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us.
 
-#include <cooperative_groups.h>
-
 #include <algorithm>
 
 #include "kernels/check.h"
@@ -27,6 +26,7 @@
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/select_sketch_score.cuh"
+#include "kernels/cuda/select_team.cuh"
 #include "kernels/cuda/select_topk.cuh"
 
 namespace resa::kernels::cuda {
@@ -34,7 +34,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kChunkSteps = 4;
+constexpr int kChunkSteps = 2;
 constexpr int kChunkTokens = kChunkSteps * kStepTokens;
 constexpr int kChunkQuarters = kChunkTokens / kQuarterTokens;
 
@@ -44,11 +44,16 @@ struct SketchArgs {
   PageTables tables;
   const std::byte* descriptors;
   int32_t* ids;
-  std::byte* mass_scratch;    // [row][KV head][CTA][scratch_bytes], for CTAs whose part is large.
-  int32_t* survivor_scratch;  // [row][KV head][2][survivor_stride]
+  TeamCounters* counters;      // [row][KV head]
+  TeamCandidates* candidates;  // [CTA]
+  std::byte* mass_scratch;     // [CTA][scratch_bytes], for CTAs whose part is large.
+  int32_t* survivor_scratch;   // [row][KV head][2][survivor_stride]
   int64_t scratch_bytes;
   int64_t survivor_stride;
   int shared_bytes;  // For masses and keys.
+  int num_rows;
+  int fixed_team;  // 0: teams by the lengths of the rows. Else the places of each team in the grid,
+  int team_chunks;  // of which a row takes one per so many chunks.
   int num_kv_heads;
   int group;
   int block_tokens;
@@ -68,33 +73,40 @@ struct Total {
     upper += static_cast<uint32_t>(units);
     lower += __float2ull_rn(fmaf(units, -0x1p-24f, x) * 0x1p74f);
   }
-  __device__ __forceinline__ void Add(const Total& other) {
-    upper += other.upper;
-    lower += other.lower;
-  }
   __device__ __forceinline__ double Value() const {
     return static_cast<double>(upper) * 0x1p-24 + static_cast<double>(lower) * 0x1p-74;
   }
 };
 
-// At the same place in every CTA of the cluster.
+// The part of the work that a CTA has.
+struct TeamPlace {
+  SparseRow row;
+  int index;  // Of the row; -1: none.
+  int kv_head;
+  int rank;
+  int size;
+};
+
 struct SketchShared {
+  TeamShared team;
   TopKShared topk;
+  TeamPlace place;
   SketchQueries queries;
-  Total totals[kMaxGroup];   // Of this CTA; others read them.
-  uint32_t saturated;        // Others read it.
-  float largest[kMaxGroup];  // Estimate, in octaves; others read it.
+  Total totals[kMaxGroup];  // Of this CTA, then of the team.
+  uint32_t saturated;
   float base[kMaxGroup];
   float warp_largest[kWarps][kMaxGroup];
-  float weight[kMaxGroup];  // What a head's masses are multiplied by.
+  float weight[kMaxGroup];          // What a head's masses are multiplied by.
+  alignas(16) uint32_t beside[32];  // Written and never read.
 };
+static_assert(sizeof(SketchShared) % 16 == 0);
 
 // What a pass scores: all blocks of a row in order, or those of a list.
 struct SketchSource {
   const int32_t* pages;          // Of the sequence.
   const int32_t* list;           // Null: all blocks.
   const std::byte* descriptors;  // Of the KV head, of page 0.
-  int64_t page_bytes;
+  uint32_t page_bytes;
   int scales_at;
   int quarter_shift;  // log2 of the quarters of a page in a block.
   int blocks;
@@ -105,52 +117,87 @@ struct SketchSource {
   }
 };
 
-// Where the blocks of a chunk lie, block i of it in lane i: page * 4 + quarter of the page. Without
-// a list the blocks may as well be pages.
-__device__ __forceinline__ int LoadPlaces(const SketchSource& source, int chunk) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int shift = source.list == nullptr ? 2 : source.quarter_shift;
-  const int per_chunk = kChunkQuarters >> shift;
-  const int count =
-      source.list == nullptr ? (source.tokens + kPageTokens - 1) / kPageTokens : source.blocks;
-  int block = min(chunk * per_chunk + min(lane, per_chunk - 1), count - 1);
-  if (source.list != nullptr) block = source.list[block];
-  const int quarter = block << shift;
-  return source.pages[quarter / 4] * 4 + quarter % 4;
-}
+// A lane's way to the words of a step. kList: the source has a list.
+template <int kDim, int kPlanes, bool kList>
+struct StepReader {
+  const SketchSource& source;
+  const std::byte* words;  // The lane's, of page 0.
+  const std::byte* scales;
 
-template <int kDim, int kPlanes>
-__device__ __forceinline__ void LoadStep(const SketchSource& source, int places, int step,
-                                         SketchWords<kPlanes>* words) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int shift = source.list == nullptr ? 2 : source.quarter_shift;
-  const int row = lane / 4;
-  const int place = __shfl_sync(~0u, places, (step * 8 + row) >> shift);
-  const int quarter = place % 4 + (row & ((1 << shift) - 1));
-  const std::byte* const run = source.descriptors + (place / 4) * source.page_bytes;
-  const std::byte* const at = run + lane % (kDim / 32) * 64 + quarter * 16;
+  __device__ __forceinline__ explicit StepReader(const SketchSource& from) : source(from) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int in_block = (1 << Shift()) - 1;
+    words = from.descriptors + lane % 4 / 2 * 64 + (Quarter() & in_block) * 16;
+    scales = from.descriptors + from.scales_at + (Quarter() & ~1 & in_block) * 8;
+  }
+  __device__ __forceinline__ static int Quarter() {  // Of the step.
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return lane / 4 * 2 + lane % 2;
+  }
+  // Without a list the blocks may as well be pages.
+  __device__ __forceinline__ int Shift() const { return kList ? source.quarter_shift : 2; }
+
+  // Where the blocks of a chunk lie, block i of it in lane i: the page, with the quarter of the
+  // page in the upper bits.
+  __device__ __forceinline__ uint32_t Places(int chunk) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int per_chunk = kChunkQuarters >> Shift();
+    const int place = chunk * per_chunk + min(lane, per_chunk - 1);
+    if constexpr (!kList) {
+      return static_cast<uint32_t>(source.pages[min(place, (source.tokens - 1) / kPageTokens)]);
+    } else {
+      const int quarter = __ldcg(source.list + min(place, source.blocks - 1)) << Shift();
+      return static_cast<uint32_t>(source.pages[quarter / 4]) | static_cast<uint32_t>(quarter % 4)
+                                                                    << 30;
+    }
+  }
+
+  __device__ __forceinline__ void Load(uint32_t places, int step,
+                                       SketchWords<kDim, kPlanes>* to) const {
+    const uint32_t place = __shfl_sync(~0u, places, (step * 16 + Quarter()) >> Shift());
+    const std::byte* const from = At(words, place, 16);
 #pragma unroll
-  for (int p = 0; p < kPlanes; ++p) words->plane[p] = LoadOnce16(at + p * (kDim * 2));
-  words->scales = LoadOnce8(run + source.scales_at + quarter * 8);
-}
+    for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+      for (int pair = 0; pair < kDim / 64; ++pair) {
+        to->plane[p][pair] = LoadOnce16(from + p * (kDim * 2) + pair * 128);
+      }
+    }
+    if (kList && Shift() == 0) {  // Two blocks.
+      const int first = step * 16 + (Quarter() & ~1);
+      const uint2 a = LoadOnce8(At(scales, __shfl_sync(~0u, places, first), 8));
+      const uint2 b = LoadOnce8(At(scales, __shfl_sync(~0u, places, first + 1), 8));
+      to->scales = make_uint4(a.x, a.y, b.x, b.y);
+    } else {
+      to->scales = LoadOnce16(At(scales, place, 8));
+    }
+  }
 
-// What a lane needs of the heads tile * 8 + lane % 4 * 2 + {0, 1}.
-template <int kTiles>
+  __device__ __forceinline__ const std::byte* At(const std::byte* base, uint32_t place,
+                                                 int quarter_bytes) const {
+    const uint32_t page = kList ? place & 0x3fffffffu : place;
+    const std::byte* at;  // One instruction, which the compiler makes three of.
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(page), "r"(source.page_bytes), "l"(base));
+    return kList ? at + (place >> 30) * quarter_bytes : at;
+  }
+};
+
+// What a lane needs of its heads.
+template <int kHeads>
 struct LaneHeads {
-  int start[kTiles][2];
-  float factor[kTiles][2];
-  float offset[kTiles][2];
+  static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
+  static constexpr int kEach = SketchColumns<kHeads>::kEach;
+  float factor[kTiles][kEach];
+  float offset[kTiles][kEach];
 
-  template <int kPlanes>
   __device__ __forceinline__ void Load(const SketchQueries& queries, const float* base, int group,
                                        float ratio) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int head = tile * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i;
-        const float octaves = queries.octaves[head] * ratio / 8.0f;
-        start[tile][i] = SketchStart<kPlanes>(queries, head);
+      for (int i = 0; i < kEach; ++i) {
+        const int head = SketchColumns<kHeads>::Head(tile, i);
+        const float octaves = queries.octaves[head] * ratio;
         factor[tile][i] = head < group ? octaves / kWindowOctaves : 0.0f;
         offset[tile][i] = head < group ? (127.0f - base[head]) / kWindowOctaves : -1.0f;
       }
@@ -165,175 +212,289 @@ struct MassMemory {
   uint8_t* lower;
   int stride;  // 4 past a multiple of 64: the heads' parts begin in different banks.
 
-  __device__ __forceinline__ static int StrideFor(int blocks) {
+  __host__ __device__ __forceinline__ static int64_t StrideFor(int64_t blocks) {
     return (blocks + 63) / 64 * 64 + 4;
   }
-  __device__ __forceinline__ static int BytesFor(int blocks, int group) {
+  __host__ __device__ __forceinline__ static int64_t BytesFor(int64_t blocks, int group) {
     return StrideFor(blocks) * (4 + 3 * group);
   }
   __device__ __forceinline__ static MassMemory At(std::byte* memory, int blocks, int group) {
     MassMemory out;
-    out.stride = StrideFor(blocks);
+    out.stride = static_cast<int>(StrideFor(blocks));
     out.keys = reinterpret_cast<uint32_t*>(memory);
     out.upper = reinterpret_cast<uint16_t*>(out.keys + out.stride);
     out.lower = reinterpret_cast<uint8_t*>(out.upper + static_cast<int64_t>(out.stride) * group);
     return out;
   }
-  __device__ __forceinline__ void Store(int head, int block, float mass) const {
+};
+
+// Where a lane stores the masses of one head's blocks. A lane that has nothing to store does so
+// beside the masses, which takes no question.
+struct MassColumn {
+  uint16_t* upper = nullptr;
+  uint8_t* lower = nullptr;
+  int advance = 0;
+
+  __device__ __forceinline__ MassColumn() {}
+  __device__ __forceinline__ MassColumn(const MassMemory& memory, bool stores, int head, int block,
+                                        int blocks_per_turn, uint32_t* beside)
+      : upper(reinterpret_cast<uint16_t*>(beside)),
+        lower(reinterpret_cast<uint8_t*>(beside)),
+        advance(0) {
+    if (stores) {
+      upper = memory.upper + head * memory.stride + block;
+      lower = memory.lower + head * memory.stride + block;
+      advance = blocks_per_turn;
+    }
+  }
+  __device__ __forceinline__ void Store(int block, float mass) const {
     const uint32_t bits = PackMass(mass);
-    upper[head * stride + block] = static_cast<uint16_t>(bits >> 8);
-    lower[head * stride + block] = static_cast<uint8_t>(bits);
+    upper[block] = static_cast<uint16_t>(bits >> 16);
+    lower[block] = static_cast<uint8_t>(bits >> 8);
+  }
+  __device__ __forceinline__ void Advance() {
+    upper += advance;
+    lower += advance;
   }
 };
 
-// Calls step(words, chunk, step, valid tokens of the lane) for the steps of chunks first, first +
-// stride .. of [.., end), and chunk_end() after each chunk.
-template <int kDim, int kPlanes, typename Step, typename ChunkEnd>
-__device__ __forceinline__ void ForSteps(const SketchSource& source, int first, int end, int stride,
-                                         const Step& step, const ChunkEnd& chunk_end) {
-  if (first >= end) return;
-  constexpr int kDepth = kPlanes == 3 ? 2 : 4;  // Steps in flight.
-  const int quarter = static_cast<int>(threadIdx.x) % 32 / 4;
-  int places = LoadPlaces(source, first);
-  int next_places = first + stride < end ? LoadPlaces(source, first + stride) : 0;
-  SketchWords<kPlanes> words[kDepth];
+// The chunks of one warp: begin + warp, every kWarps-th, up to end. Calls step(words, j) for each
+// step j of a whole chunk, short_step(words, j, left) for those of the row's last one where it is
+// not whole, `left` the tokens from the chunk's beginning on, and chunk_end() behind a chunk.
+template <int kDim, int kHeads, int kPlanes, bool kList, typename Step, typename ShortStep,
+          typename ChunkEnd>
+__device__ __forceinline__ void ForChunks(const SketchSource& source, int begin, int end,
+                                          const Step& step, const ShortStep& short_step,
+                                          const ChunkEnd& chunk_end) {
+  constexpr int kDepth = kPlanes == 3 || kHeads == 4 ? 1 : 2;  // Steps in flight.
+  const StepReader<kDim, kPlanes, kList> reader(source);
+  int chunk = begin + static_cast<int>(threadIdx.x) / 32;
+  const int whole = min(end, source.tokens / kChunkTokens);
+  if (chunk < whole) {
+    uint32_t places = reader.Places(chunk);
+    // Behind the last chunk it is read again, to no use: cheaper than a question at each step.
+    uint32_t next = reader.Places(min(chunk + kWarps, whole - 1));
+    SketchWords<kDim, kPlanes> words[kDepth];
 #pragma unroll
-  for (int j = 0; j < kDepth; ++j) LoadStep<kDim>(source, places, j, &words[j]);
+    for (int j = 0; j < kDepth; ++j) reader.Load(places, j, &words[j]);
 #pragma unroll 1
-  for (int chunk = first; chunk < end; chunk += stride) {
-    const int left = source.tokens - chunk * kChunkTokens - quarter * kQuarterTokens;
-    const bool more = chunk + stride < end;
+    for (; chunk < whole; chunk += kWarps) {
+      const uint32_t after = reader.Places(min(chunk + 2 * kWarps, whole - 1));
 #pragma unroll
-    for (int j = 0; j < kChunkSteps; ++j) {
-      step(words[j % kDepth], chunk, j, left - j * kStepTokens);
-      const int ahead = j + kDepth;
-      if (ahead < kChunkSteps) {
-        LoadStep<kDim>(source, places, ahead, &words[j % kDepth]);
-      } else if (more) {
-        LoadStep<kDim>(source, next_places, ahead - kChunkSteps, &words[j % kDepth]);
+      for (int j = 0; j < kChunkSteps; ++j) {
+        step(words[j % kDepth], j);
+        const int ahead = j + kDepth;
+        reader.Load(ahead < kChunkSteps ? places : next, ahead % kChunkSteps, &words[j % kDepth]);
       }
+      chunk_end();
+      places = next;
+      next = after;
+    }
+  }
+  if (chunk < end) {
+    const uint32_t places = reader.Places(chunk);
+#pragma unroll 1
+    for (int j = 0; j < kChunkSteps; ++j) {
+      SketchWords<kDim, kPlanes> words;
+      reader.Load(places, j, &words);
+      short_step(words, j, source.tokens - chunk * kChunkTokens);
     }
     chunk_end();
-    places = next_places;
-    if (chunk + 2 * stride < end) next_places = LoadPlaces(source, chunk + 2 * stride);
+  }
+}
+
+// Calls use(t, estimates) for the tokens t of a lane's quarters 2 r and 2 r + 1: their estimates
+// per head, before the head's factor.
+template <int kDim, int kHeads, int kPlanes, bool kShort, typename Use>
+__device__ __forceinline__ void ForEstimates(const SketchWords<kDim, kPlanes>& words, int j,
+                                             int left, const SketchOperand<kDim, kHeads>& operand,
+                                             const Use& use) {
+  constexpr int kTiles = SketchColumns<kHeads>::kTiles;
+  constexpr int kEach = SketchColumns<kHeads>::kEach;
+  float scales[8];
+  SketchScales(words.scales, scales);
+  if constexpr (kShort) {
+    const int row = static_cast<int>(threadIdx.x) % 32 / 4;
+    CutScales(left - j * kStepTokens - row * 2 * kQuarterTokens, scales);
+  }
+#pragma unroll
+  for (int t = 0; t < kQuarterTokens; ++t) {
+    float estimates[kTiles][2][kEach];
+    SketchProducts<kDim, kHeads, kPlanes>(words, t, operand, estimates);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float scale = scales[row * kQuarterTokens + t];
+      const float origin = -kSumOriginValue * scale;  // Exact.
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          estimates[tile][row][i] = fmaf(estimates[tile][row][i], scale, origin);
+        }
+      }
+    }
+    use(t, estimates);
   }
 }
 
 // Masses of the blocks of a CTA's chunks [begin, end), and the CTA's totals of the heads.
-template <int kDim, int kTiles, int kPlanes>
+template <int kDim, int kHeads, int kPlanes, bool kList>
 __device__ __forceinline__ void ScoreChunks(const SketchSource& source, int begin, int end,
-                                            int group, const SketchOperand<kDim, kTiles>& operand,
-                                            const LaneHeads<kTiles>& heads,
+                                            int group, const SketchOperand<kDim, kHeads>& operand,
+                                            const LaneHeads<kHeads>& heads,
                                             const MassMemory& memory, SketchShared& shared) {
+  constexpr int kTiles = LaneHeads<kHeads>::kTiles;
+  constexpr int kEach = LaneHeads<kHeads>::kEach;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int quarter = lane / 4;
-  const bool odd = (quarter & 1) != 0;
-  const int head = lane % 4 * 2 + (odd ? 1 : 0);  // After the exchange.
-  float chunk_sum[kTiles] = {};
+  const int row = lane / 4;
+  const int shift = source.quarter_shift;
+  const bool odd = (row & 1) != 0;
+  // The head whose total the lane has: with two heads, each of a pair of lanes takes one of them.
+  const int total_head = SketchColumns<kHeads>::Head(0, kEach == 2 && odd ? 1 : 0);
+  const int first_block =
+      static_cast<int>(threadIdx.x) / 32 * (kChunkQuarters >> shift) + ((row * 2) >> shift);
+  const int step_blocks = 16 >> shift;
+  MassColumn columns[kTiles][kEach];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int head = SketchColumns<kHeads>::Head(tile, i);
+      columns[tile][i] = MassColumn(memory, head < group && (shift < 2 || !odd), head, first_block,
+                                    kWarps * (kChunkQuarters >> shift), shared.beside);
+    }
+  }
+  float chunk_sum[kTiles][kEach] = {};
   Total totals[kTiles];
   bool saturated = false;
 
-  const auto step = [&](const SketchWords<kPlanes>& words, int chunk, int j, int valid) {
-    float products[kTiles][4][2];
-    SketchProducts<kDim, kTiles, kPlanes>(words, operand, heads.start, products);
-    float scales[4];
-    SketchScales(words.scales, valid, scales);
-    const int block =
-        (((chunk - begin) * kChunkQuarters + j * 8 + quarter) >> source.quarter_shift);
+  float quarter_sum[kTiles][2][kEach];
+  const auto add_token = [&](int t, const float(&estimates)[kTiles][2][kEach]) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      float sums[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float mass[4];
+      for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const float scaled = fmaf(products[tile][t][i], scales[t], -kSumOriginValue * scales[t]);
-          mass[t] = SketchMass(scaled, heads.factor[tile][i], heads.offset[tile][i]);
+        for (int half = 0; half < 2; ++half) {
+          const float mass =
+              SketchMass(estimates[tile][half][i], heads.factor[tile][i], heads.offset[tile][i]);
+          quarter_sum[tile][half][i] = t == 0 ? mass : quarter_sum[tile][half][i] + mass;
         }
-        sums[i] = (mass[0] + mass[1]) + (mass[2] + mass[3]);
-      }
-      // Pairs of lanes bring their quarters together, a head each.
-      float sum = odd ? sums[1] : sums[0];
-      sum += __shfl_xor_sync(~0u, odd ? sums[0] : sums[1], 4);
-      chunk_sum[tile] += sum;
-      if (source.quarter_shift == 0) {
-        const int first = tile * 8 + lane % 4 * 2;
-        if (first < group) memory.Store(first, block, sums[0]);
-        if (first + 1 < group) memory.Store(first + 1, block, sums[1]);
-      } else {
-        if (source.quarter_shift == 2) sum += __shfl_xor_sync(~0u, sum, 8);
-        if (tile * 8 + head < group) memory.Store(tile * 8 + head, block, sum);
       }
     }
+  };
+  const auto end_step = [&](int j) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        float sum = quarter_sum[tile][0][i] + quarter_sum[tile][1][i];
+        chunk_sum[tile][i] += sum;
+        const MassColumn& column = columns[tile][i];
+        if (shift == 0) {
+          column.Store(j * step_blocks, quarter_sum[tile][0][i]);
+          column.Store(j * step_blocks + 1, quarter_sum[tile][1][i]);
+        } else {
+          if (shift == 2) sum += __shfl_xor_sync(~0u, sum, 4);
+          column.Store(j * step_blocks, sum);
+        }
+      }
+    }
+  };
+  const auto step = [&](const SketchWords<kDim, kPlanes>& words, int j) {
+    ForEstimates<kDim, kHeads, kPlanes, false>(words, j, 0, operand, add_token);
+    end_step(j);
+  };
+  const auto short_step = [&](const SketchWords<kDim, kPlanes>& words, int j, int left) {
+    ForEstimates<kDim, kHeads, kPlanes, true>(words, j, left, operand, add_token);
+    end_step(j);
   };
   const auto chunk_end = [&] {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      saturated = saturated || !(chunk_sum[tile] < kSaturated);
-      totals[tile].Add(chunk_sum[tile]);
-      chunk_sum[tile] = 0;
+      float sum = chunk_sum[tile][0];
+      if constexpr (kEach == 2) {
+        sum = odd ? chunk_sum[tile][1] : chunk_sum[tile][0];
+        sum += __shfl_xor_sync(~0u, odd ? chunk_sum[tile][0] : chunk_sum[tile][1], 4);
+      }
+      saturated = saturated || !(sum < kSaturated);
+      totals[tile].Add(sum);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        chunk_sum[tile][i] = 0;
+        columns[tile][i].Advance();
+      }
     }
   };
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  ForSteps<kDim, kPlanes>(source, begin + warp, end, kWarps, step, chunk_end);
+  ForChunks<kDim, kHeads, kPlanes, kList>(source, begin, end, step, short_step, chunk_end);
 
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int bit = 8; bit < 32; bit *= 2) {
+    for (int bit = kEach == 2 ? 8 : 4; bit < 32; bit *= 2) {
       totals[tile].upper += __shfl_xor_sync(~0u, totals[tile].upper, bit);
       totals[tile].lower += __shfl_xor_sync(~0u, totals[tile].lower, bit);
     }
-    if (lane < 8) {
-      atomicAdd(&shared.totals[tile * 8 + head].upper, totals[tile].upper);
-      atomicAdd(&shared.totals[tile * 8 + head].lower, totals[tile].lower);
+    if (lane < 4 * kEach) {
+      atomicAdd(&shared.totals[tile * 8 + total_head].upper, totals[tile].upper);
+      atomicAdd(&shared.totals[tile * 8 + total_head].lower, totals[tile].lower);
     }
   }
   if (saturated) shared.saturated = 1;
 }
 
-// The largest estimate of each head, in octaves, over chunks first, first + stride .. of [.., end)
-// of this warp: shared.warp_largest.
-template <int kDim, int kTiles, int kPlanes>
-__device__ __forceinline__ void LargestOfSteps(const SketchSource& source, int first, int end,
-                                               int stride,
-                                               const SketchOperand<kDim, kTiles>& operand,
-                                               const LaneHeads<kTiles>& heads,
-                                               SketchShared& shared) {
-  float largest[kTiles][2];
+// The largest estimate of each head, in octaves, over chunks first, first + kWarps .. of [.., end):
+// a warp's, to shared.warp_largest. Done once or, of all chunks, hardly ever.
+template <int kDim, int kHeads, int kPlanes, bool kList>
+__device__ __forceinline__ void LargestOfChunks(const SketchSource& source, int first, int end,
+                                                int group, float ratio, SketchShared& shared) {
+  constexpr int kTiles = LaneHeads<kHeads>::kTiles;
+  constexpr int kEach = LaneHeads<kHeads>::kEach;
+  SketchOperand<kDim, kHeads> operand;
+  operand.Load(shared.queries);
+  LaneHeads<kHeads> heads;
+  heads.Load(shared.queries, shared.base, group, ratio);
+  float largest[kTiles][kEach];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    largest[tile][0] = largest[tile][1] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) largest[tile][i] = -INFINITY;
   }
-  const auto step = [&](const SketchWords<kPlanes>& words, int, int, int valid) {
-    float products[kTiles][4][2];
-    SketchProducts<kDim, kTiles, kPlanes>(words, operand, heads.start, products);
-    float scales[4];
-    SketchScales(words.scales, valid, scales);
+  const StepReader<kDim, kPlanes, kList> reader(source);
+  for (int chunk = first; chunk < end; chunk += kWarps) {
+    const uint32_t places = reader.Places(chunk);
+    SketchWords<kDim, kPlanes> words[kChunkSteps];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int j = 0; j < kChunkSteps; ++j) reader.Load(places, j, &words[j]);
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
+    for (int j = 0; j < kChunkSteps; ++j) {
+      const auto compare = [&](int, const float(&estimates)[kTiles][2][kEach]) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float scaled = fmaf(products[tile][t][i], scales[t], -kSumOriginValue * scales[t]);
-          largest[tile][i] = fmaxf(largest[tile][i], scaled * heads.factor[tile][i]);
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            const float factor = heads.factor[tile][i];
+            largest[tile][i] = fmaxf(largest[tile][i], fmaxf(estimates[tile][0][i] * factor,
+                                                             estimates[tile][1][i] * factor));
+          }
         }
-      }
+      };
+      ForEstimates<kDim, kHeads, kPlanes, true>(words[j], j, source.tokens - chunk * kChunkTokens,
+                                                operand, compare);
     }
-  };
-  ForSteps<kDim, kPlanes>(source, first, end, stride, step, [] {});
+  }
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       float x = largest[tile][i];
 #pragma unroll
       for (int bit = 4; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-      if (lane < 4) shared.warp_largest[warp][tile * 8 + lane * 2 + i] = x * kWindowOctaves;
+      if (lane < 4) {
+        shared.warp_largest[warp][SketchColumns<kHeads>::Head(tile, i)] = x * kWindowOctaves;
+      }
     }
   }
 }
@@ -343,43 +504,35 @@ __device__ __forceinline__ float BaseFor(float largest, float headroom) {
   return largest > -1e30f ? ceilf(largest) + headroom : 0.0f;
 }
 
+// The float of a TopKKey.
+__device__ __forceinline__ float FloatOfKey(uint32_t key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
+}
+
 // shared.base of all heads: from one chunk per warp, spread over the row (`exact` false), or from
-// all of the cluster's chunks.
-template <int kDim, int kTiles, int kPlanes>
-__device__ __forceinline__ void FindBases(const SketchSource& source, int begin, int end,
-                                          bool exact, int group, float ratio,
-                                          const SketchOperand<kDim, kTiles>& operand,
+// all of the team's chunks.
+template <int kDim, int kHeads, int kPlanes, bool kList>
+__device__ __forceinline__ void FindBases(Team& team, const SketchSource& source, int begin,
+                                          int end, bool exact, int group, float ratio,
                                           SketchShared& shared) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
-  LaneHeads<kTiles> heads;
-  heads.template Load<kPlanes>(shared.queries, shared.base, group, ratio);
-  if (!exact) {
-    const int chunk =
-        static_cast<int>(static_cast<int64_t>(source.Chunks() - 1) * warp / (kWarps - 1));
-    LargestOfSteps<kDim, kTiles, kPlanes>(source, chunk, chunk + 1, 1, operand, heads, shared);
-  } else {
-    LargestOfSteps<kDim, kTiles, kPlanes>(source, begin + warp, end, kWarps, operand, heads,
-                                          shared);
-  }
+  const auto sample = static_cast<int>(int64_t{source.Chunks() - 1} * warp / (kWarps - 1));
+  LargestOfChunks<kDim, kHeads, kPlanes, kList>(source, exact ? begin + warp : sample,
+                                                exact ? end : sample + 1, group, ratio, shared);
   __syncthreads();
+  const bool has_head = thread < SketchColumns<kHeads>::kGroup;
   float largest = -INFINITY;
-  if (thread < kTiles * 8) {
+  if (has_head) {
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.warp_largest[w][thread]);
-    shared.largest[thread] = largest;
   }
-  if (exact) {
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    if (thread < kTiles * 8) {
-      for (unsigned r = 0; r < cluster.num_blocks(); ++r) {
-        largest = fmaxf(largest, *cluster.map_shared_rank(&shared.largest[thread], r));
-      }
-    }
-    cluster.sync();
+  if (exact && team.size > 1) {
+    if (has_head) atomicMax(&team.counters->largest[thread], TopKKey(largest));
+    team.Meet();
+    if (has_head) largest = FloatOfKey(__ldcg(&team.counters->largest[thread]));
   }
-  // With the largest of all known, a row's tokens together stay below the bound on sums.
-  if (thread < kTiles * 8) shared.base[thread] = BaseFor(largest, kHeadroomOctaves);
+  if (has_head) shared.base[thread] = BaseFor(largest, exact ? 2.0f : kHeadroomOctaves);
   __syncthreads();
 }
 
@@ -388,6 +541,7 @@ __device__ __forceinline__ void FoldMasses(const MassMemory& memory, int blocks,
                                            const float* weights) {
   for (int i = static_cast<int>(threadIdx.x) * 4; i < blocks; i += kThreads * 4) {
     float score[4] = {};
+#pragma unroll 4
     for (int h = 0; h < group; ++h) {
       const uint2 upper = *reinterpret_cast<const uint2*>(memory.upper + h * memory.stride + i);
       const uint32_t lower =
@@ -416,8 +570,8 @@ __device__ __forceinline__ int RefineCount(const SketchArgs& args, const TopKBud
   return min(max(wanted, budget.keep), budget.blocks);
 }
 
-// A unit's passes.
-template <int kDim, int kTiles, int kLastPlanes>
+// A CTA's passes over its part of a row and KV head.
+template <int kDim, int kHeads, int kLastPlanes>
 struct SketchUnit {
   const SketchArgs& args;
   SketchShared& shared;
@@ -426,9 +580,7 @@ struct SketchUnit {
   TopKBudget budget;
   int unit;
   int kv_head;
-  int rank;
-  int size;  // Of the cluster.
-  int32_t* ids;
+  Team team;
 
   __device__ __forceinline__ int32_t* List(int planes) const {
     return args.survivor_scratch +
@@ -441,53 +593,72 @@ struct SketchUnit {
     source.pages = args.tables.pages + row.table * args.tables.stride;
     source.list = first ? nullptr : List(planes);
     source.descriptors = args.descriptors + static_cast<int64_t>(kv_head) * args.run_bytes;
-    source.page_bytes = static_cast<int64_t>(args.num_kv_heads) * args.run_bytes;
+    source.page_bytes = static_cast<uint32_t>(args.num_kv_heads * args.run_bytes);
     source.scales_at = args.scales_at;
     source.quarter_shift = quarters == 4 ? 2 : quarters - 1;
     source.blocks = first ? budget.blocks : RefineCount(args, budget, planes);
     source.tokens = row.position + 1;
     if (!first) {
       // Only the row's last block may be short; it comes last.
-      const bool has_last = source.list[source.blocks - 1] == budget.blocks - 1;
+      const bool has_last = __ldcg(source.list + source.blocks - 1) == budget.blocks - 1;
       const int missing = budget.blocks * args.block_tokens - source.tokens;
       source.tokens = source.blocks * args.block_tokens - (has_last ? missing : 0);
     }
     return source;
   }
 
+  // The team's totals, in shared memory; whether a mass of its tokens was cut off.
+  __device__ __forceinline__ bool MeetWithTotals() {
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (team.size == 1) return shared.saturated != 0;
+    if (thread < args.group) {
+      atomicAdd(&team.counters->upper[thread], shared.totals[thread].upper);
+      atomicAdd(&team.counters->lower[thread], shared.totals[thread].lower);
+    }
+    if (thread == 0 && shared.saturated != 0) atomicOr(&team.counters->saturated, 1u);
+    team.Meet();
+    if (thread < args.group) {
+      shared.totals[thread].upper = __ldcg(&team.counters->upper[thread]);
+      shared.totals[thread].lower = __ldcg(&team.counters->lower[thread]);
+    }
+    return __ldcg(&team.counters->saturated) != 0;
+  }
+  // REQUIRES a meeting since MeetWithTotals.
+  __device__ __forceinline__ void ClearTotals() {
+    if (team.size == 1 || team.rank != 0 || threadIdx.x >= kMaxGroup) return;
+    team.counters->upper[threadIdx.x] = 0;
+    team.counters->lower[threadIdx.x] = 0;
+    team.counters->largest[threadIdx.x] = 0;
+    team.counters->saturated = 0;
+  }
+
   // Scores the source's chunks [begin, end) of this CTA, and leaves shared.weight.
-  template <int kPlanes>
+  template <int kPlanes, bool kList>
   __device__ __forceinline__ void Score(const SketchSource& source, int begin, int end,
                                         const MassMemory& masses) {
-    const auto cluster = cooperative_groups::this_cluster();
     const int thread = static_cast<int>(threadIdx.x);
     const float ratio = args.ratio[kPlanes];
-    SketchOperand<kDim, kTiles> operand;
-    operand.Load(shared.queries);
+#pragma unroll 1
     for (bool exact = false;; exact = true) {
-      FindBases<kDim, kTiles, kPlanes>(source, begin, end, exact, args.group, ratio, operand,
-                                       shared);
+      FindBases<kDim, kHeads, kPlanes, kList>(team, source, begin, end, exact, args.group, ratio,
+                                              shared);
       if (thread < kMaxGroup) shared.totals[thread] = Total();
       if (thread == 0) shared.saturated = 0;
       __syncthreads();
-      LaneHeads<kTiles> heads;
-      heads.template Load<kPlanes>(shared.queries, shared.base, args.group, ratio);
-      ScoreChunks<kDim, kTiles, kPlanes>(source, begin, end, args.group, operand, heads, masses,
-                                         shared);
-      cluster.sync();
-      bool saturated = false;
-      for (int r = 0; r < size; ++r) {
-        saturated = saturated || *cluster.map_shared_rank(&shared.saturated, r) != 0;
-      }
-      if (exact || !saturated) break;
-      cluster.sync();
+      SketchOperand<kDim, kHeads> operand;
+      operand.Load(shared.queries);
+      LaneHeads<kHeads> heads;
+      heads.Load(shared.queries, shared.base, args.group, ratio);
+      ScoreChunks<kDim, kHeads, kPlanes, kList>(source, begin, end, args.group, operand, heads,
+                                                masses, shared);
+      __syncthreads();
+      if (!MeetWithTotals() || exact) break;
+      team.Meet();
+      ClearTotals();
     }
     if (thread < args.group) {
-      Total total;
-      for (int r = 0; r < size; ++r) {
-        total.Add(*cluster.map_shared_rank(&shared.totals[thread], r));
-      }
-      const double value = total.Value();
+      const double value = shared.totals[thread].Value();
       shared.weight[thread] = value > 0 ? static_cast<float>(1.0 / value) : 0.0f;
     }
     __syncthreads();
@@ -496,85 +667,169 @@ struct SketchUnit {
   template <int kPlanes>
   __device__ __forceinline__ void Pass(bool first) {
     const SketchSource source = SourceOf(kPlanes, first);
-    const int per_cta = (source.Chunks() + size - 1) / size;
-    const int begin = min(source.Chunks(), rank * per_cta);
+    const int per_cta = (source.Chunks() + team.size - 1) / team.size;
+    const int begin = min(source.Chunks(), team.rank * per_cta);
     const int end = min(source.Chunks(), begin + per_cta);
     const int chunk_blocks = kChunkQuarters >> source.quarter_shift;
-    const TopKRange range = {
-        min(source.blocks, begin * chunk_blocks),
-        min(source.blocks, end * chunk_blocks) - min(source.blocks, begin * chunk_blocks)};
+    const int first_block = min(source.blocks, begin * chunk_blocks);
+    const TopKRange range = {first_block, min(source.blocks, end * chunk_blocks) - first_block};
     const int most = per_cta * chunk_blocks;
     const bool fits = MassMemory::BytesFor(most, args.group) <= args.shared_bytes;
-    std::byte* const scratch =
-        args.mass_scratch + (static_cast<int64_t>(unit) * size + rank) * args.scratch_bytes;
+    std::byte* const scratch = args.mass_scratch + blockIdx.x * args.scratch_bytes;
     const MassMemory masses = MassMemory::At(fits ? memory : scratch, most, args.group);
 
-    Score<kPlanes>(source, begin, end, masses);
+    if (kPlanes == 1 || first) {
+      Score<kPlanes, false>(source, begin, end, masses);
+    } else {
+      Score<kPlanes, true>(source, begin, end, masses);
+    }
     FoldMasses(masses, range.count, args.group, shared.weight);
+    __syncthreads();
 
     TopKBudget pass = budget;
     pass.blocks = source.blocks;
-    int32_t* out = ids;
+    int32_t* out = args.ids + row.ids_begin + static_cast<int64_t>(kv_head) * row.keep_blocks;
     if constexpr (kPlanes < kLastPlanes) {
       pass.keep = RefineCount(args, budget, kPlanes + 1);
       out = List(kPlanes + 1);
     }
-    const auto key_at = [&](int i) { return masses.keys[i]; };
-    const TopKCut cut = FindTopKCut<kThreads, true>(shared.topk, key_at, range, pass);
+    const float mean = static_cast<float>(args.group) / static_cast<float>(source.blocks);
+    const TopKCut cut = FindTeamCut<kThreads>(team, shared.team, masses.keys, range, pass, mean);
+    ClearTotals();
     out += cut.Offset();
+    const auto key_at = [&](int i) { return masses.keys[i]; };
     const int kept = WriteTopKIds<kThreads>(shared.topk, key_at, range, pass, cut, out);
     if (!first) {
       __syncthreads();
       for (int i = static_cast<int>(threadIdx.x); i < kept; i += kThreads) {
-        out[i] = source.list[out[i]];
+        out[i] = __ldcg(source.list + out[i]);
       }
     }
-    FinishTopK<true>();
-    if constexpr (kPlanes < kLastPlanes) cooperative_groups::this_cluster().sync();
+    if constexpr (kPlanes < kLastPlanes) team.Meet();
   }
 };
 
+// ---- which CTA does what ------------------------------------------------------------------------
+
+constexpr int kMaxProportionalRows = 160;
+
+// The chunks that a row's scoring takes; 0 when nothing is scored.
+__device__ __forceinline__ int ChunksOfRow(const SparseRow& row, int block_tokens) {
+  return TopKBudgetOf(row, block_tokens).ScoresDecide() ? row.position / kChunkTokens + 1 : 0;
+}
+
+// Teams of a fixed number of places, of which a row takes as many as it is long.
+__device__ __forceinline__ void FindFixedPlace(const SketchArgs& args, TeamPlace* place) {
+  const int unit = static_cast<int>(blockIdx.x) / args.fixed_team;
+  place->index = unit / args.num_kv_heads;
+  place->kv_head = unit % args.num_kv_heads;
+  place->rank = static_cast<int>(blockIdx.x) % args.fixed_team;
+  place->row = args.rows[place->index];
+  const int chunks = ChunksOfRow(place->row, args.block_tokens);
+  place->size = min(args.fixed_team, max(1, (chunks + args.team_chunks - 1) / args.team_chunks));
+  if (place->rank >= place->size) place->index = -1;
+}
+
+// Teams as large as their rows are long: the least part of a row, in chunks, by which all rows cut
+// to such parts have no more of them than the grid has CTAs (found to a sixteenth). A warp's work.
+// REQUIRES that the grid has a CTA per row and KV head.
+__device__ __forceinline__ void FindProportionalPlace(const SketchArgs& args, TeamPlace* place) {
+  constexpr int kRowsPerLane = kMaxProportionalRows / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int grid = static_cast<int>(gridDim.x);
+  int chunks[kRowsPerLane];
+  int total = 0;
+#pragma unroll
+  for (int k = 0; k < kRowsPerLane; ++k) {
+    const int r = k * 32 + lane;
+    chunks[k] = r < args.num_rows ? ChunksOfRow(args.rows[r], args.block_tokens) : -1;
+    total += max(0, chunks[k]);
+  }
+  total = __reduce_add_sync(kAllLanes, total);
+  int part = max(kWarps, (total * args.num_kv_heads + grid - 1) / grid);
+  int ctas[kRowsPerLane];
+  while (true) {
+    int sum = 0;
+#pragma unroll
+    for (int k = 0; k < kRowsPerLane; ++k) {
+      ctas[k] = 0;
+      if (k * 32 >= args.num_rows) continue;
+      if (chunks[k] >= 0) ctas[k] = max(1, (chunks[k] + part - 1) / part) * args.num_kv_heads;
+      sum += ctas[k];
+    }
+    if (static_cast<int>(__reduce_add_sync(kAllLanes, sum)) <= grid) break;
+    part += part / 16 + 1;
+  }
+  int before = 0;
+  bool found = false;
+#pragma unroll
+  for (int k = 0; k < kRowsPerLane; ++k) {
+    if (k * 32 >= args.num_rows) break;
+    int inclusive = ctas[k];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, inclusive, step);
+      if (lane >= step) inclusive += other;
+    }
+    const int at = static_cast<int>(blockIdx.x) - (before + inclusive - ctas[k]);
+    if (at >= 0 && at < ctas[k]) {
+      found = true;
+      place->index = k * 32 + lane;
+      place->size = ctas[k] / args.num_kv_heads;
+      place->kv_head = at / place->size;
+      place->rank = at % place->size;
+      place->row = args.rows[place->index];
+    }
+    before += __shfl_sync(kAllLanes, inclusive, 31);
+  }
+  if (!__any_sync(kAllLanes, found) && lane == 0) place->index = -1;
+}
+
 // Every row is scored with at least kLeastPlanes: the others are read whole.
-template <int kDim, int kTiles, int kLeastPlanes, int kLastPlanes>
+template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
 __global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchArgs args) {
   extern __shared__ uint4 dynamic[];
   SketchShared& shared = *reinterpret_cast<SketchShared*>(dynamic);
+  const int thread = static_cast<int>(threadIdx.x);
   WaitForPrevious();
-  const auto cluster = cooperative_groups::this_cluster();
-  const int size = static_cast<int>(cluster.num_blocks());
-  const int rank = static_cast<int>(cluster.block_rank());
-  const int unit = static_cast<int>(blockIdx.x) / size;
-  const int kv_head = unit % args.num_kv_heads;
-  const SparseRow row = args.rows[unit / args.num_kv_heads];
-  const TopKBudget budget = TopKBudgetOf(row, args.block_tokens);
-  int32_t* const ids = args.ids + row.ids_begin + static_cast<int64_t>(kv_head) * row.keep_blocks;
-  if (!budget.ScoresDecide()) {
-    for (int i = rank * kThreads + static_cast<int>(threadIdx.x); i < budget.keep;
-         i += size * kThreads) {
-      ids[i] = budget.UnscoredId(i);
+  if (thread < 32) {
+    if (args.fixed_team == 0) {
+      FindProportionalPlace(args, &shared.place);
+    } else if (thread == 0) {
+      FindFixedPlace(args, &shared.place);
     }
+  }
+  if (thread < kMaxGroup) shared.base[thread] = 0;
+  __syncthreads();
+  const TeamPlace place = shared.place;
+  if (place.index < 0) return;
+  const TopKBudget budget = TopKBudgetOf(place.row, args.block_tokens);
+  if (!budget.ScoresDecide()) {
+    int32_t* const ids = args.ids + place.row.ids_begin +
+                         static_cast<int64_t>(place.kv_head) * place.row.keep_blocks;
+    for (int i = thread; i < budget.keep; i += kThreads) ids[i] = budget.UnscoredId(i);
     return;
   }
 
   const int64_t first_head =
-      (static_cast<int64_t>(row.row) * args.num_kv_heads + kv_head) * args.group;
-  for (int h = static_cast<int>(threadIdx.x) / 32; h < kTiles * 8; h += kWarps) {
+      (static_cast<int64_t>(place.row.row) * args.num_kv_heads + place.kv_head) * args.group;
+  for (int h = thread / 32; h < SketchColumns<kHeads>::kGroup; h += kWarps) {
     if (h < args.group) {
       PrepareSketchQuery<kDim>(args.q + (first_head + h) * kDim, h, &shared.queries);
     } else {
-      for (int j = static_cast<int>(threadIdx.x) % 32; j < kDim; j += 32) {
-        shared.queries.rounded[h][j] = 0;
-      }
-      shared.queries.sum[h] = 0;
+      for (int j = thread % 32; j < kDim; j += 32) shared.queries.rounded[h][j] = 0;
       shared.queries.octaves[h] = 0;
     }
   }
-  if (threadIdx.x < kMaxGroup) shared.base[threadIdx.x] = 0;
   __syncthreads();
 
+  const int unit = place.index * args.num_kv_heads + place.kv_head;
+  const bool alone = place.size == 1;
+  const Team team = {place.rank, place.size, alone ? nullptr : args.counters + unit,
+                     alone ? nullptr : args.candidates + blockIdx.x - place.rank, 0};
   auto* const memory = reinterpret_cast<std::byte*>(dynamic) + sizeof(SketchShared);
-  SketchUnit<kDim, kTiles, kLastPlanes> work = {args, shared,  memory, row,  budget,
-                                                unit, kv_head, rank,   size, ids};
+  SketchUnit<kDim, kHeads, kLastPlanes> work = {args,   shared, memory,        place.row,
+                                                budget, unit,   place.kv_head, team};
   int first = kLeastPlanes;
   if constexpr (kLeastPlanes < kLastPlanes) {
     while (first < kLastPlanes && RefineCount(args, budget, first + 1) == budget.blocks) ++first;
@@ -586,64 +841,98 @@ __global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchAr
     if (first <= 2) work.template Pass<2>(first == 2);
   }
   if constexpr (kLastPlanes >= 3) work.template Pass<3>(first == 3);
+  work.team.Leave();
 }
 
 // ---- launcher ---------------------------------------------------------------------------------
 
-constexpr int kMaxCluster = 16;
+constexpr int kMaxFixedTeam = 16;
 
-template <int kDim, int kTiles, int kLeastPlanes, int kLastPlanes>
-void Launch(Context& context, SketchArgs args, int64_t num_rows) {
-  const auto kernel = SelectSketchKernel<kDim, kTiles, kLeastPlanes, kLastPlanes>;
-  const size_t most_shared = context.device.shared_bytes_per_block;
+// The grid, and the chunks that a CTA gets at the most.
+struct SketchGrid {
+  int64_t ctas;
+  int64_t most_chunks;
+};
+
+// With few (row, KV head) pairs all multiprocessors have a CTA each, dealt out by length. Otherwise
+// each pair has one CTA, or as many as it takes to hold its masses in shared memory.
+SketchGrid PlanGrid(int64_t units, int64_t row_chunks, int64_t chunks_that_fit, int sms,
+                    SketchArgs* args) {
+  if (units <= sms && args->num_rows <= kMaxProportionalRows) {
+    args->fixed_team = 0;
+    // Parts of this size are few enough: one more than whole ones for each row.
+    const int64_t spare = sms - units;
+    const int64_t enough = spare == 0 ? row_chunks : (row_chunks * units + spare - 1) / spare;
+    const int64_t most = std::max<int64_t>(kWarps, enough + enough / 16 + 1);
+    return {sms, std::min(row_chunks, most)};
+  }
+  args->team_chunks = static_cast<int>(std::min<int64_t>(chunks_that_fit, 1 << 20));
+  args->fixed_team = static_cast<int>(
+      std::min<int64_t>(kMaxFixedTeam, (row_chunks + chunks_that_fit - 1) / chunks_that_fit));
+  return {units * args->fixed_team,
+          std::max(chunks_that_fit, (row_chunks + args->fixed_team - 1) / args->fixed_team)};
+}
+
+template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
+void Launch(Context& context, SketchArgs args) {
+  const auto kernel = SelectSketchKernel<kDim, kHeads, kLeastPlanes, kLastPlanes>;
+  const auto available =
+      static_cast<int64_t>(context.device.shared_bytes_per_block - sizeof(SketchShared));
   static const bool configured = [&] {
-    RESA_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     RESA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(most_shared)));
+                                         static_cast<int>(context.device.shared_bytes_per_block)));
     return true;
   }();
   static_cast<void>(configured);
 
-  const int64_t units = num_rows * args.num_kv_heads;
-  const int64_t chunks = (args.tables.stride * kPageTokens + kChunkTokens - 1) / kChunkTokens;
-  int size = kMaxCluster;
-  while (size > 1 && units * size > context.device.sms) size /= 2;
-  // The longest part that a CTA may get, and what it needs.
-  const int64_t most_blocks = (chunks + size - 1) / size * (kChunkTokens / args.block_tokens);
-  const int64_t most_bytes = ((most_blocks + 63) / 64 * 64 + 4) * (4 + 3 * args.group);
-  const auto available = static_cast<int64_t>(most_shared - sizeof(SketchShared));
+  const int64_t units = int64_t{args.num_rows} * args.num_kv_heads;
+  const int64_t row_chunks = (args.tables.stride * kPageTokens + kChunkTokens - 1) / kChunkTokens;
+  const int64_t chunk_blocks = kChunkTokens / args.block_tokens;
+  const int64_t chunks_that_fit = (available / (4 + 3 * args.group) - 4) / 64 * 64 / chunk_blocks;
+  const SketchGrid grid = PlanGrid(units, row_chunks, chunks_that_fit, context.device.sms, &args);
+  const int64_t most_bytes = MassMemory::BytesFor(grid.most_chunks * chunk_blocks, args.group);
   args.shared_bytes = static_cast<int>(std::min(available, most_bytes));
   args.scratch_bytes = most_bytes <= available ? 0 : (most_bytes + 255) / 256 * 256;
-  const size_t mass_bytes = static_cast<size_t>(args.scratch_bytes * units * size);
   args.survivor_stride =
       kLeastPlanes == kLastPlanes ? 0 : args.tables.stride * (kPageTokens / args.block_tokens);
+
+  const auto mass_bytes = static_cast<size_t>(args.scratch_bytes * grid.ctas);
+  const size_t candidate_bytes = static_cast<size_t>(grid.ctas) * sizeof(TeamCandidates);
   const size_t survivor_bytes =
       static_cast<size_t>(args.survivor_stride * units * 2) * sizeof(int32_t);
-  args.mass_scratch = context.select.Reserve(mass_bytes + survivor_bytes);
-  args.survivor_scratch = reinterpret_cast<int32_t*>(args.mass_scratch + mass_bytes);
-  LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(units * size)),
-                   dim3(kThreads), sizeof(SketchShared) + static_cast<size_t>(args.shared_bytes),
-                   size, args);
+  std::byte* const scratch = context.select.Reserve(mass_bytes + candidate_bytes + survivor_bytes);
+  args.mass_scratch = scratch;
+  args.candidates = reinterpret_cast<TeamCandidates*>(scratch + mass_bytes);
+  args.survivor_scratch = reinterpret_cast<int32_t*>(scratch + mass_bytes + candidate_bytes);
+  args.counters = reinterpret_cast<TeamCounters*>(context.select_counters.Reserve(
+      static_cast<size_t>(units) * sizeof(TeamCounters) / sizeof(uint32_t), context.stream));
+  LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(grid.ctas)), dim3(kThreads),
+                   sizeof(SketchShared) + static_cast<size_t>(args.shared_bytes), 1, args);
 }
 
-template <int kDim, int kTiles>
-void LaunchPlanes(Context& context, const SketchArgs& args, const SelectorSpec& spec,
-                  int64_t num_rows) {
+template <int kDim, int kHeads>
+void LaunchPlanes(Context& context, const SketchArgs& args, const SelectorSpec& spec) {
   const bool whole2 = spec.refine_share[0] == 1.0f;
   const bool whole = whole2 && (spec.planes < 3 || spec.refine_share[1] == 1.0f);
   switch (spec.planes) {
     case 1:
-      return Launch<kDim, kTiles, 1, 1>(context, args, num_rows);
+      return Launch<kDim, kHeads, 1, 1>(context, args);
     case 2:
-      return whole ? Launch<kDim, kTiles, 2, 2>(context, args, num_rows)
-                   : Launch<kDim, kTiles, 1, 2>(context, args, num_rows);
+      return whole ? Launch<kDim, kHeads, 2, 2>(context, args)
+                   : Launch<kDim, kHeads, 1, 2>(context, args);
     case 3:
-      return whole ? Launch<kDim, kTiles, 3, 3>(context, args, num_rows)
-                   : Launch<kDim, kTiles, 1, 3>(context, args, num_rows);
+      return whole ? Launch<kDim, kHeads, 3, 3>(context, args)
+                   : Launch<kDim, kHeads, 1, 3>(context, args);
     default:
       RESA_CHECK(false) << "SelectSketch: " << spec.planes << " planes";
   }
+}
+
+template <int kDim>
+void LaunchGroup(Context& context, const SketchArgs& args, const SelectorSpec& spec) {
+  if (args.group <= 4) return LaunchPlanes<kDim, 1>(context, args, spec);
+  if (args.group <= 8) return LaunchPlanes<kDim, 2>(context, args, spec);
+  return LaunchPlanes<kDim, 4>(context, args, spec);
 }
 
 }  // namespace
@@ -655,6 +944,7 @@ void SelectSketch(Context& context, const SelectParams& params) {
   SketchArgs args = {};
   args.q = reinterpret_cast<const uint16_t*>(params.q.b16());
   args.rows = params.rows;
+  args.num_rows = static_cast<int>(params.num_rows);
   args.tables = params.tables;
   args.descriptors = params.kv.descriptors;
   args.ids = params.ids;
@@ -666,14 +956,11 @@ void SelectSketch(Context& context, const SelectParams& params) {
   for (int p = 1; p <= spec.planes; ++p) args.ratio[p] = SketchScaleRatio(spec.planes, p);
   std::copy(spec.refine_share.begin(), spec.refine_share.end(), args.refine_share);
   RESA_CHECK(args.group >= 1 && args.group <= kMaxGroup) << "SelectSketch: group " << args.group;
-  const bool wide = args.group > 8;
   switch (layout.head_dim) {
     case 64:
-      return wide ? LaunchPlanes<64, 2>(context, args, spec, params.num_rows)
-                  : LaunchPlanes<64, 1>(context, args, spec, params.num_rows);
+      return LaunchGroup<64>(context, args, spec);
     case 128:
-      return wide ? LaunchPlanes<128, 2>(context, args, spec, params.num_rows)
-                  : LaunchPlanes<128, 1>(context, args, spec, params.num_rows);
+      return LaunchGroup<128>(context, args, spec);
     default:
       RESA_CHECK(false) << "SelectSketch: head size " << layout.head_dim;
   }

@@ -1,18 +1,24 @@
 #ifndef RESA_KERNELS_CUDA_SELECT_SKETCH_SCORE_CUH_
 #define RESA_KERNELS_CUDA_SELECT_SKETCH_SCORE_CUH_
 
-// Estimates of 32 tokens at a time from their few-bit codes, and the attention mass of those
+// Estimates of 64 tokens at a time from their few-bit codes, and the attention mass of those
 // estimates (kernels/sketch.h): a warp's arithmetic. What is scored when is in select_sketch.cu.
 //
-// A step is eight quarters of a page, four tokens each: a lane (r, c), r = lane / 4 and c = lane %
-// 4, reads 16 bytes of a plane, the same 32 components of the four tokens of quarter r. Those are
-// rows r and r + 8 of two products m16n8k32 of u8 codes and s8 queries, with the group's heads as
-// columns. The order of the components within a product is free as long as both operands have the
-// same: lane c brings the components of its own word (of half its word when d = 64), bits to bytes
-// by shifts and masks. A byte of a word holds the codes of eight components i; those of i < 4 enter
-// as they are and the others times 16, which saves shifts: the two kinds have accumulators of their
-// own. The sums of a token's heads come out in the lanes of the same quarter, so that summing over
-// a block's tokens needs one exchange between lanes, for both of a lane's heads.
+// Bits are not unpacked. A product with a sparse matrix, m16n8k64, says for every four columns of a
+// row which two of them are not zero: those two-bit indices are the codes. With -q and q of two
+// components in the four rows of the other operand, the pair of indices (b, 2 + b') picks the
+// signed components of two bits b, b'. The matrix's values are all alike, 1 for the lowest plane
+// and twice that for each plane above it, so the planes of a token add up
+//   sum_p 2^(P - 1 - p) sum_j (2 bit_pj - 1) q_j  =  sum_j q_j level_j
+// in the accumulators of the tensor core. Every second bit of a word is in place already, for 16
+// components of a word one instruction makes the indices.
+//
+// A step is 16 quarters of a page, four tokens each. Lane (r, c), r = lane / 4 and c = lane % 4,
+// gives the indices of row r (c even) or r + 8 (c odd) of the sparse matrix, of the first (c < 2)
+// or the second 32 columns. So it reads 16 bytes of a word, of the four tokens of quarter 2 r + c %
+// 2, one product for each, and its word is c / 2 of a pair of words. The products of a token's
+// heads, columns 2 c and 2 c + 1 of rows r and r + 8, come out in the lanes of the quarters 2 r and
+// 2 r + 1: eight tokens that follow each other, whose masses a lane sums alone.
 //
 // The sums start from 1.5 * 2^23, the bits of which make them floats without a conversion.
 
@@ -27,7 +33,7 @@
 
 namespace resa::kernels::cuda {
 
-inline constexpr int kStepTokens = 32;
+inline constexpr int kStepTokens = 64;
 inline constexpr int kQuarterTokens = 4;
 inline constexpr uint32_t kSumOrigin = 0x4b400000u;  // The bits of 1.5 * 2^23.
 inline constexpr float kSumOriginValue = 12582912.0f;
@@ -43,7 +49,6 @@ inline constexpr uint16_t kLargestScaleBits = 0x4e6f;  // The least bf16 that is
 // The group's queries, rotated and rounded to s8. Heads past the group are zero.
 struct SketchQueries {
   alignas(16) int8_t rounded[kMaxGroup][kMaxHeadDim];
-  int32_t sum[kMaxGroup];    // Of a head's rounded components.
   float octaves[kMaxGroup];  // What a dot product times a token's scale is multiplied by.
 };
 
@@ -101,47 +106,65 @@ __device__ __forceinline__ void PrepareSketchQuery(const uint16_t* q, int head,
   const float scale = top / kSketchQueryRange;
   const bool counts = total < kSketchLargestFactor && scale > kSketchLeastFactor;
   const float inverse = counts ? 1.0f / scale : 0.0f;
-  int sum = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int value = counts ? __float2int_rn(x[i] * inverse) : 0;
     queries->rounded[head][lane * kEach + i] = static_cast<int8_t>(value);
-    sum += value;
   }
-  sum = __reduce_add_sync(~0u, sum);
   if (lane == 0) {
     constexpr float kOctavesPerUnit = 1.44269504088896341f;
     const float root = kDim == 64 ? 8.0f : 11.3137084989847604f;
-    queries->sum[head] = sum;
     queries->octaves[head] = (counts ? scale : 1.0f) * kOctavesPerUnit / root;
   }
 }
 
-// A lane's part of the queries: the second operand of its products. kTiles tiles of eight heads.
-template <int kDim, int kTiles>
+// Which heads of the group are a lane's: kHeads of them. Up to four heads of a group stand in every
+// other column of one tile of eight, so that each lane has one; up to eight fill it and up to
+// sixteen fill two, with two per lane and tile.
+template <int kHeads>
+struct SketchColumns {
+  static_assert(kHeads == 1 || kHeads == 2 || kHeads == 4);
+  static constexpr int kTiles = kHeads == 4 ? 2 : 1;
+  static constexpr int kEach = kHeads == 1 ? 1 : 2;  // Heads of a lane in a tile.
+  static constexpr int kGroup = kHeads * 4;          // The largest group.
+
+  // The head in a column of a tile, or -1.
+  __device__ __forceinline__ static int HeadOf(int tile, int column) {
+    if (kHeads == 1) return column % 2 == 0 ? column / 2 : -1;
+    return tile * 8 + column;
+  }
+  // The lane's head i of a tile.
+  __device__ __forceinline__ static int Head(int tile, int i) {
+    const int lane = static_cast<int>(threadIdx.x) % 4;
+    return kHeads == 1 ? lane : tile * 8 + lane * 2 + i;
+  }
+};
+
+// A lane's part of the queries: the second operand of its products. Columns 4 g .. 4 g + 3 of the
+// sparse matrix are components (4 n, 4 n + 2), or those behind them (odd = 1), of word 2 pair + g /
+// 8, n = g % 8.
+template <int kDim, int kHeads>
 struct SketchOperand {
-  static constexpr int kBits = kDim / 32;  // Components of a byte's lower half that a lane brings.
-  uint32_t low[kTiles][kBits];
-  uint32_t high[kTiles][kBits];
+  static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
+  static constexpr int kPairs = kDim / 64;  // Of words.
+  uint32_t quads[kTiles][kPairs][2][4];     // [odd]
 
   __device__ __forceinline__ void Load(const SketchQueries& queries) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int word = lane % (kDim / 32);
-    const int shift = kDim == 64 ? lane % 4 / 2 * 2 : 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int8_t* const q = queries.rounded[tile * 8 + lane / 4] + word * 32 + shift;
+      const int head = SketchColumns<kHeads>::HeadOf(tile, lane / 4);
+      const int8_t* const q = queries.rounded[max(head, 0)];
+      const uint32_t mask = head < 0 ? 0u : 0xffu;
 #pragma unroll
-      for (int i = 0; i < kBits; ++i) {
-        uint32_t quads[2] = {};
-#pragma unroll
-        for (int byte = 0; byte < 4; ++byte) {
-          quads[0] |= static_cast<uint32_t>(static_cast<uint8_t>(q[byte * 8 + i])) << (8 * byte);
-          quads[1] |= static_cast<uint32_t>(static_cast<uint8_t>(q[byte * 8 + i + 4]))
-                      << (8 * byte);
-        }
-        low[tile][i] = quads[0];
-        high[tile][i] = quads[1];
+      for (int i = 0; i < kPairs * 8; ++i) {
+        const int pair = i / 8, odd = i / 4 % 2;
+        const int group = i % 4 * 4 + lane % 4;
+        const int first = pair * 64 + group / 8 * 32 + group % 8 * 4 + odd;
+        const int a = q[first], b = q[first + 2];
+        quads[tile][pair][odd][i % 4] =
+            (static_cast<uint32_t>(-a) & mask) | (static_cast<uint32_t>(a) & mask) << 8 |
+            (static_cast<uint32_t>(-b) & mask) << 16 | (static_cast<uint32_t>(b) & mask) << 24;
       }
     }
   }
@@ -150,10 +173,11 @@ struct SketchOperand {
 // ---- codes ------------------------------------------------------------------------------------
 
 // What a lane reads of a step.
-template <int kPlanes>
+template <int kDim, int kPlanes>
 struct SketchWords {
-  uint4 plane[kPlanes];  // The lane's word of four tokens.
-  uint2 scales;          // bf16, of the same tokens.
+  static constexpr int kPairs = kDim / 64;
+  uint4 plane[kPlanes][kPairs];  // The lane's word of a pair, of the four tokens of its quarter.
+  uint4 scales;                  // bf16, of the eight tokens of its products.
 };
 
 // 16 or 8 bytes that are read once.
@@ -172,115 +196,83 @@ __device__ __forceinline__ uint2 LoadOnce8(const std::byte* from) {
   return v;
 }
 
-// The bits of `a` where the mask has ones, those of `b` elsewhere.
-__device__ __forceinline__ uint32_t Merge(uint32_t a, uint32_t b, uint32_t mask) {
-  return (a & mask) | (b & ~mask);
+// The indices of bits 0 2 4 .. of a word: (b, 2 + b') for each two of them.
+__device__ __forceinline__ uint32_t SparseIndices(uint32_t word) {
+  uint32_t indices;  // (word & 0x55555555) | 0x88888888
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+      : "=r"(indices)
+      : "r"(word), "r"(0x55555555u), "r"(0x88888888u));
+  return indices;
 }
 
-// codes[i]: in each byte, the code of component i in the lower half and that of i + 4 in the upper
-// one, with other bits beside them. `word` has a token's planes.
-template <int kPlanes>
-__device__ __forceinline__ void SpreadCodes(const uint32_t (&word)[kPlanes], uint32_t (&codes)[4]) {
-  if constexpr (kPlanes == 1) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) codes[i] = word[0] >> i;
-    return;
-  }
-  // Pairs of bits of components 0 2 4 6 and 1 3 5 7 of each byte.
-  const uint32_t even = Merge(word[0] << 1, word[kPlanes > 1 ? 1 : 0], 0xaaaaaaaau);
-  const uint32_t odd = Merge(word[0], word[kPlanes > 1 ? 1 : 0] >> 1, 0xaaaaaaaau);
-  if constexpr (kPlanes == 2) {
-    codes[0] = even;
-    codes[1] = odd;
-    codes[2] = even >> 2;
-    codes[3] = odd >> 2;
-  } else if constexpr (kPlanes == 3) {
-    codes[0] = Merge(even << 1, word[2], 0x66666666u);
-    codes[1] = Merge(odd << 1, word[2] >> 1, 0x66666666u);
-    codes[2] = Merge(even >> 1, word[2] >> 2, 0x66666666u);
-    codes[3] = Merge(odd >> 1, word[2] >> 3, 0x66666666u);
-  }
-}
-
-__device__ __forceinline__ void MmaCodes(int (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
+// sum += weight (the selected rows of b), weight in each byte.
+__device__ __forceinline__ void MmaSparse(int (&sum)[4], uint32_t weight, const uint32_t (&b)[4],
+                                          uint32_t indices) {
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+      "{%4, %4, %4, %4}, {%5, %6, %7, %8}, {%0, %1, %2, %3}, %9, 0x0;"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(weight), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices));
 }
 
-// products[tile][token][head]: eight times the sums of q level, over kSumOriginValue; of the lane's
-// four tokens and its heads tile * 8 + lane % 4 * 2 + {0, 1}. `start` has what they begin with.
-template <int kDim, int kTiles, int kPlanes>
-__device__ __forceinline__ void SketchProducts(const SketchWords<kPlanes>& words,
-                                               const SketchOperand<kDim, kTiles>& operand,
-                                               const int (&start)[kTiles][2],
-                                               float (&products)[kTiles][4][2]) {
-  constexpr int kBits = kDim / 32;
-  constexpr uint32_t kLow = ((1u << kPlanes) - 1) * 0x01010101u;
-  const int shift = kDim == 64 ? static_cast<int>(threadIdx.x) % 4 / 2 * 2 : 0;
+// products[tile][row][i]: sum of q level over kSumOriginValue, of token `t` of quarter 2 r + row
+// and the lane's heads.
+template <int kDim, int kHeads, int kPlanes, int kTiles, int kEach>
+__device__ __forceinline__ void SketchProducts(const SketchWords<kDim, kPlanes>& words, int t,
+                                               const SketchOperand<kDim, kHeads>& operand,
+                                               float (&products)[kTiles][2][kEach]) {
+  int sums[kTiles][4];
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {  // Tokens 2 pair and 2 pair + 1
-    uint32_t codes[2][4];
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      uint32_t word[kPlanes];
+    for (int j = 0; j < 4; ++j) sums[tile][j] = static_cast<int>(kSumOrigin);
+  }
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p) {
-        const uint4& v = words.plane[p];
-        word[p] = pair == 0 ? (t == 0 ? v.x : v.y) : (t == 0 ? v.z : v.w);
-        if (kDim == 64) word[p] >>= shift;
+  for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+    for (int pair = 0; pair < kDim / 64; ++pair) {
+      const uint4& v = words.plane[p][pair];
+      const uint32_t word = t == 0 ? v.x : t == 1 ? v.y : t == 2 ? v.z : v.w;
+      const uint32_t indices[2] = {SparseIndices(word), SparseIndices(word >> 1)};
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          MmaSparse(sums[tile], 0x01010101u << (kPlanes - 1 - p), operand.quads[tile][pair][odd],
+                    indices[odd]);
+        }
       }
-      SpreadCodes<kPlanes>(word, codes[t]);
     }
+  }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      int low[4] = {0, 0, 0, 0};
-      int high[4] = {start[tile][0], start[tile][1], start[tile][0], start[tile][1]};
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < kBits; i += 2) {
-        MmaCodes(low, codes[0][i] & kLow, codes[1][i] & kLow, codes[0][i + 1] & kLow,
-                 codes[1][i + 1] & kLow, operand.low[tile][i], operand.low[tile][i + 1]);
-        MmaCodes(high, codes[0][i] & (kLow << 4), codes[1][i] & (kLow << 4),
-                 codes[0][i + 1] & (kLow << 4), codes[1][i + 1] & (kLow << 4),
-                 operand.high[tile][i], operand.high[tile][i + 1]);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        products[tile][pair * 2 + j / 2][j % 2] = __int_as_float(low[j] * 16 + high[j]);
-      }
+    for (int i = 0; i < kEach; ++i) {
+      products[tile][0][i] = __int_as_float(sums[tile][i]);
+      products[tile][1][i] = __int_as_float(sums[tile][2 + i]);
     }
   }
 }
 
-// What a head's products start from: eight times the part of the levels that does not depend on the
-// codes, 2 q code - (2^p - 1) q.
-template <int kPlanes>
-__device__ __forceinline__ int SketchStart(const SketchQueries& queries, int head) {
-  return static_cast<int>(kSumOrigin) - 8 * ((1 << kPlanes) - 1) * queries.sum[head];
+// The scales of the lane's eight tokens as floats, NaN where one does not count.
+__device__ __forceinline__ void SketchScales(const uint4& packed, float (&scales)[8]) {
+  const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bound = kLargestScaleBits * 0x00010001u;
+    const uint32_t magnitude = pairs[i] & 0x7fff7fffu;
+    const uint32_t guarded =
+        pairs[i] | ~__hlt2_mask(*reinterpret_cast<const __nv_bfloat162*>(&magnitude),
+                                *reinterpret_cast<const __nv_bfloat162*>(&bound));
+    scales[2 * i] = __uint_as_float(guarded << 16);
+    scales[2 * i + 1] = __uint_as_float(guarded & 0xffff0000u);
+  }
 }
 
-// The scales of the lane's tokens as floats, NaN where one does not count; `valid` of the four
-// tokens exist.
-__device__ __forceinline__ void SketchScales(uint2 packed, int valid, float (&scales)[4]) {
-  constexpr uint32_t kBound = kLargestScaleBits * 0x00010001u;
-  const auto guard = [](uint32_t pair) {
-    const __nv_bfloat162 value = *reinterpret_cast<const __nv_bfloat162*>(&pair);
-    const uint32_t bound = kBound;
-    return pair | ~__hlt2_mask(__habs2(value), *reinterpret_cast<const __nv_bfloat162*>(&bound));
-  };
-  packed.x = guard(packed.x);
-  packed.y = guard(packed.y);
-  scales[0] = __uint_as_float(packed.x << 16);
-  scales[1] = __uint_as_float(packed.x & 0xffff0000u);
-  scales[2] = __uint_as_float(packed.y << 16);
-  scales[3] = __uint_as_float(packed.y & 0xffff0000u);
-  if (valid < 4) {
+// Tokens from `valid` on do not count.
+__device__ __forceinline__ void CutScales(int valid, float (&scales)[8]) {
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      if (t >= valid) scales[t] = __uint_as_float(0x7fffffffu);
-    }
+  for (int t = 0; t < 8; ++t) {
+    if (t >= valid) scales[t] = __uint_as_float(0x7fffffffu);
   }
 }
 
@@ -300,9 +292,10 @@ __device__ __forceinline__ float SketchMass(float scaled, float factor, float of
   return __int_as_float(__float_as_int(place) * 128 + 0x40000000);
 }
 
-// Masses are stored to 24 bits, upper 16 and lower 8 apart: 2^-17 of them.
+// Masses are stored to 24 bits, upper 16 and lower 8 apart: 2^-17 of them. Those bits, rounded, in
+// the upper three bytes.
 __device__ __forceinline__ uint32_t PackMass(float mass) {
-  return (__float_as_uint(mass) + 64) >> 7;
+  return (__float_as_uint(mass) << 1) + 128;
 }
 
 }  // namespace resa::kernels::cuda

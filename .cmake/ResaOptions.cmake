@@ -5,6 +5,8 @@ option(RESA_BUILD_FUZZERS "Build the libFuzzer targets (needs clang)" OFF)
 set(RESA_SANITIZE "" CACHE STRING "Sanitizers to build with: address,undefined or thread")
 option(RESA_ONEDNN "Use a CPU's bf16 instructions through oneDNN (x86-64)" ON)
 set(RESA_CUDA "auto" CACHE STRING "Build the CUDA backend: auto (when a toolkit is found), ON or OFF")
+set(RESA_CUDA_LIBRARY STATIC CACHE STRING
+  "STATIC, or SHARED so that several programs that travel hold the kernels once")
 
 set(CMAKE_CXX_STANDARD 20)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
@@ -50,7 +52,7 @@ endfunction()
 # resa_cuda_library(name SOURCES a.cc b.cu ... DEPS lib ...): the same with kernels for a GPU.
 function(resa_cuda_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPS" ${ARGN})
-  add_library(${name} STATIC ${ARG_SOURCES})
+  add_library(${name} ${RESA_CUDA_LIBRARY} ${ARG_SOURCES})
   target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
   target_compile_options(${name} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:${RESA_WARNINGS}>

@@ -28,7 +28,7 @@ for target in gpu/gpu_suite bench/resa_bench bench/kernel_bench; do
   binary=build/cuda-suite/tests/$target
   strip -o "$out/$(basename "$binary")" "$binary"
   while read -r name path; do
-    is_everywhere "$name" || cp -L "$path" "$out/lib/$name"
+    is_everywhere "$name" || strip -o "$out/lib/$name" "$path"
   done < <(ldd "$binary" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }')
 done
 cp tests/gpu/run_suite.sh "$out/"

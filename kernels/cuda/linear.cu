@@ -1,5 +1,6 @@
 // Linear: out [T, out] (+)= x [T, in] weight^T [in, out] + bias, in three ways:
-//   - linear_stream.cu, few rows: bound by reading the weights;
+//   - linear_stream.cu, a few rows: bound by reading the weights;
+//   - linear_tile.cu, some tens of rows: the same, by wgmma;
 //   - linear_cublas.cc, many rows: bound by the tensor cores;
 //   - LinearAnyKernel below: any shape and alignment, at no speed to speak of. Real models have
 //     widths that are multiples of 16 and never come here.
@@ -111,11 +112,73 @@ void AddBias(Context& context, const float* bias, const Matrix& out) {
   }
 }
 
+namespace {
+
+// `rows` rows from `begin` on.
+LinearParams RowsOf(const LinearParams& p, int64_t begin, int64_t rows) {
+  const auto part = [&](const Matrix& m) {
+    auto* const data =
+        static_cast<std::byte*>(m.data) + begin * m.cols * static_cast<int64_t>(BytesOf(m.dtype));
+    return Matrix{data, m.dtype, rows, m.cols};
+  };
+  LinearParams to = p;
+  to.x = part(p.x);
+  to.out = part(p.out);
+  return to;
+}
+
+// All columns over the number of multiprocessors.
+int64_t ShareOf(const Context& context, const LinearParams* params, int count) {
+  int64_t columns = 0;
+  for (int i = 0; i < count; ++i) columns += params[i].weight.rows;
+  return columns / context.device.sms;
+}
+
+// Up to how many rows linear_stream.cu is the fastest, as measured. With more columns to a
+// multiprocessor the larger copies of linear_tile.cu keep memory busier.
+int64_t MostStreamRows(int64_t share) { return share < 64 ? kMaxStreamRows : 0; }
+
+// Up to how many rows linear_tile.cu is faster than cuBLASLt, as measured. Three products in one
+// launch keep all multiprocessors busy where one by one they do not. With few columns x is read by
+// too many; with very many, cuBLASLt's larger tiles win.
+int64_t MostTileRows(int64_t share, int64_t in, int count) {
+  if (count == 3) return kMaxTileRows;
+  if (share < 32) return in > 256 * share ? 64 : 32;
+  return share < 512 ? 64 : 32;
+}
+
+// By one kernel and one way to cut a sum, whatever the number of rows: a row's bits are its own.
+void LinearDeterministic(Context& context, const LinearParams* params, int count) {
+  if (!TileSupports(params, count)) {
+    for (int i = 0; i < count; ++i) LinearAny(context, params[i]);
+    return;
+  }
+  const int64_t rows = params[0].x.rows;
+  for (int64_t begin = 0; begin < rows; begin += kMaxTileRows) {
+    LinearParams parts[kMaxProducts];
+    for (int i = 0; i < count; ++i) {
+      parts[i] = RowsOf(params[i], begin, std::min<int64_t>(kMaxTileRows, rows - begin));
+    }
+    LinearTile(context, parts, count);
+  }
+}
+
+}  // namespace
+
 void Linear(Context& context, const LinearParams* params, int count) {
-  RESA_CHECK(count >= 1 && count <= 3) << "Linear: " << count << " products";
-  if (params[0].x.rows == 0) return;
+  RESA_CHECK(count >= 1 && count <= kMaxProducts) << "Linear: " << count << " products";
+  const int64_t rows = params[0].x.rows;
+  if (rows == 0) return;
+  if (context.deterministic) return LinearDeterministic(context, params, count);
+  const int64_t share = ShareOf(context, params, count);
+  if (rows <= MostStreamRows(share) && StreamSupports(params, count)) {
+    return LinearStream(context, params, count);
+  }
+  if (rows <= MostTileRows(share, params[0].x.cols, count) && TileSupports(params, count)) {
+    return LinearTile(context, params, count);
+  }
   for (int i = 0; i < count; ++i) {
-    if (context.deterministic || !LinearCublas(context, params[i])) LinearAny(context, params[i]);
+    if (!LinearCublas(context, params[i])) LinearAny(context, params[i]);
   }
 }
 

@@ -20,23 +20,22 @@
 #include <cuda_bf16.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/linear_shared.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resa::kernels::cuda {
 namespace {
 
-constexpr int kConsumers = 8;  // Warps that multiply.
-constexpr int kProducers = 4;  // Warps that copy.
-constexpr int kThreads = (kConsumers + kProducers) * 32;
+constexpr int kConsumers = 8;    // Warps that multiply.
+constexpr int kWeightWarps = 4;  // Warps that copy weights; one more copies x.
+constexpr int kThreads = (kConsumers + kWeightWarps + 1) * 32;
 constexpr int kMaxStages = 32;
-constexpr int kMaxProducts = 3;
-constexpr int kStep = 16;          // Of `in`, per instruction.
-constexpr int kStagePadding = 16;  // Bytes between rows of a stage: ldmatrix without conflicts.
+constexpr int kUnit = 32;  // Of `in`: what a warp takes at a time.
+constexpr int kUnits = 2;  // Of a chunk, per warp.
 
 struct Product {
   const __nv_bfloat16* weight;  // [cols, in]
@@ -52,258 +51,182 @@ struct Args {
   int32_t begin[kMaxProducts + 1];  // Where a product's columns begin among all.
   const __nv_bfloat16* x;           // [rows, in]
   int32_t rows, in;
-  int32_t chunk;       // Of `in`, per stage: 64, 128 or 256.
-  int32_t log_pieces;  // log2(chunk / 8)
   int32_t stages;
-  int32_t unit;  // Columns are dealt out in multiples of this.
+  int32_t passes;
+  int32_t stage_rows;  // Columns of the largest pass, then rows of x.
+  int32_t unit;        // Columns are dealt out in multiples of this.
 };
 
 __device__ __forceinline__ int ProductOf(const Args& a, int column) {
   return (column >= a.begin[1] ? 1 : 0) + (column >= a.begin[2] ? 1 : 0);
 }
 
-// A CTA's columns [begin, end), its chunks and how it goes through both.
+// A CTA's columns and chunks.
 struct Share {
-  int begin, end, passes, first_chunk, chunk_step, chunks;
+  Deal deal;  // In units of a.unit columns.
+  int unit, columns, rank, cluster, chunk, chunks;
 
-  __device__ Share(const Args& a, int cluster, int rank, int tile) {
-    const int units = (a.begin[kMaxProducts] + a.unit - 1) / a.unit;
-    const int clusters = static_cast<int>(gridDim.x) / cluster;
-    const int id = static_cast<int>(blockIdx.x) / cluster;
-    begin = Part(units, id, clusters) * a.unit;
-    end = min(Part(units, id + 1, clusters) * a.unit, a.begin[kMaxProducts]);
-    passes = (end - begin + tile - 1) / tile;
-    first_chunk = rank;
-    chunk_step = cluster;
-    const int all = (a.in + a.chunk - 1) / a.chunk;
+  __device__ Share(const Args& a, int of_cluster, int in_cluster, int of_chunk)
+      : deal{(a.begin[kMaxProducts] + a.unit - 1) / a.unit, a.passes, of_cluster},
+        unit(a.unit),
+        columns(a.begin[kMaxProducts]),
+        rank(in_cluster),
+        cluster(of_cluster),
+        chunk(of_chunk) {
+    const int all = (a.in + chunk - 1) / chunk;
     chunks = all > rank ? (all - rank + cluster - 1) / cluster : 0;
   }
-  // Where part i of n equal parts of `whole` begins.
-  static __device__ int Part(int whole, int i, int n) {
-    return static_cast<int>(int64_t{whole} * i / n);
-  }
-  __device__ int PassBegin(int pass) const { return begin + Part(end - begin, pass, passes); }
-  __device__ int K(const Args& a, int i) const { return (first_chunk + i * chunk_step) * a.chunk; }
+  __device__ int Begin(int pass) const { return min(deal.Begin(pass) * unit, columns); }
+  __device__ int End(int pass) const { return min(deal.End(pass) * unit, columns); }
+  __device__ int K(int i) const { return (rank + i * cluster) * chunk; }
 };
 
-// Copies 16 bytes to shared memory past the registers and the first cache.
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// Part of a row of weights, read once, to shared memory; `barrier` counts the bytes.
+__device__ __forceinline__ void CopyOnce(uint32_t to, const void* from, uint32_t bytes,
+                                         uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
 }
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "l"(policy)
-               : "memory");
+__device__ __forceinline__ void CopyBulk(uint32_t to, const void* from, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
 }
-// Arrives once all copies that this thread has asked for have landed.
-__device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
-               : "memory");
-}
-__device__ __forceinline__ void LdMatrix2(uint32_t (&to)[2], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
+__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
-}
-
-// ---- clusters -----------------------------------------------------------------------------------
-
-__device__ __forceinline__ int ClusterRank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterWait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The address of the same place in another CTA of the cluster.
-__device__ __forceinline__ uint32_t AddressIn(uint32_t address, int rank) {
-  uint32_t to;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address), "r"(rank));
-  return to;
-}
-__device__ __forceinline__ void StoreIn(uint32_t address, float4 value) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x),
-               "f"(value.y), "f"(value.z), "f"(value.w)
-               : "memory");
-}
-__device__ __forceinline__ void ArriveIn(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void WaitForCluster(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
+  return v;
 }
 
 // ---- shared memory ------------------------------------------------------------------------------
 
-// A warp's sums: fragments of 16 columns x 8 rows, lane l holding columns l / 4 and l / 4 + 8 of
-// rows 2 (l % 4) and 2 (l % 4) + 1 as {column, row}: {0, 0}, {0, 1}, {8, 0}, {8, 1}.
-template <int kRowTiles, int kRowWarps, int kCluster>
+// A warp's sums are kFragments fragments of 16 columns x 8 rows; lane l holds columns l / 4 and
+// l / 4 + 8 of rows 2 (l % 4) and 2 (l % 4) + 1, as {column, row}: {0, 0}, {0, 1}, {8, 0}, {8, 1}.
+constexpr int kFragments = 2;
+
+template <int kColumnWarps, int kCluster>
 struct Shared {
-  static constexpr int kFragments = 2 * kRowTiles;  // Per warp.
-  static constexpr int kStepWarps = kConsumers / kRowWarps;
+  static constexpr int kTile = 16 * kFragments * kColumnWarps;
+  static constexpr int kStepWarps = kConsumers / kColumnWarps;
+  static constexpr int kChunk = kUnit * kUnits * kStepWarps;  // Of `in`, per stage.
+  // Bytes between a stage's rows: half the banks on, so that the lanes that read 64 bytes of two
+  // rows meet no conflict.
+  static constexpr uint32_t kStride = kChunk * 2 + 64;
+  static constexpr int kOwnFragments = kColumnWarps * kFragments / kCluster;
+  static_assert(kOwnFragments * kCluster == kColumnWarps * kFragments);
 
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
-  // Small enough to have one for even and one for odd passes.
-  static constexpr int kBuffers = kRowTiles <= 2 ? 2 : 1;
-
   uint64_t gathered;
-  float4 warp_sums[kBuffers][kStepWarps - 1][kRowWarps][kFragments][32];
-  float4 cta_sums[kCluster > 1 ? 2 : 0][kCluster]
-                 [(kRowWarps * kFragments + kCluster - 1) / kCluster][32];
+  // Both twice, for even and odd passes, so that a pass need not wait for the one before.
+  float4 warp_sums[2][kStepWarps - 1][kColumnWarps][kFragments][32];
+  float4 cta_sums[2][kCluster][kOwnFragments][32];  // Only used in clusters.
   // The ring follows, 128-byte aligned.
 };
 
-struct Ring {
-  uint32_t base;
-  uint32_t stride;       // Bytes from row to row.
-  uint32_t stage_bytes;  // Columns of weight first, then rows of x.
-};
-
-template <int kTile>
-__device__ Ring RingOf(const Args& a, uint32_t base) {
-  const auto stride = static_cast<uint32_t>(a.chunk * 2 + kStagePadding);
-  return {base, stride, stride * static_cast<uint32_t>(kTile + a.rows)};
-}
-
 // ---- producers ----------------------------------------------------------------------------------
 
-// Calls copy(row, piece) for this lane's part of `rows` rows of `pieces` 16-byte pieces; a chunk
-// has 2^log_pieces of them, whole or not. Warp `warp` of `warps`.
-template <class Copy>
-__device__ __forceinline__ void ForPieces(int warp, int warps, int rows, int pieces, int log_pieces,
-                                          const Copy& copy) {
-  const int index = warp * 32 + static_cast<int>(threadIdx.x) % 32;
-  const int piece = index & ((1 << log_pieces) - 1);
-  if (piece >= pieces) return;
-  const int step = (warps * 32) >> log_pieces;
-#pragma unroll 4
-  for (int row = index >> log_pieces; row < rows; row += step) copy(row, piece);
-}
-
-// The ring as a producer goes through it.
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 1;  // A barrier that has seen no phase lets this one pass.
-  __device__ void Next(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
-// The warps that copy weights, before x can be read too.
-template <int kTile, class SharedT>
-__device__ void ProduceWeights(const Args& a, const Share& share, const Ring& ring, SharedT& shared,
-                               int warp, int warps) {
+// The weights, by kWeightWarps warps that take rows of a stage in turn: one warp alone could not
+// ask often enough. No kernel writes weights: there is nothing to wait for.
+template <class SharedT>
+__device__ void ProduceWeights(const Args& a, const Share& share, uint32_t ring, SharedT& shared,
+                               int warp) {
+  static_assert(SharedT::kTile <= 32 * kWeightWarps);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = lane * kWeightWarps + warp;
   const uint64_t policy = EvictFirstPolicy();
-  const int64_t row_bytes = int64_t{a.in} * 2;
-  const std::byte* base[kMaxProducts];  // Of column 0 among all, were they all this product's.
-  for (int i = 0; i < kMaxProducts; ++i) {
-    base[i] = reinterpret_cast<const std::byte*>(a.products[i].weight) - a.begin[i] * row_bytes;
-  }
-  Slot slot;
-  for (int pass = 0; pass < share.passes; ++pass) {
-    const int begin = share.PassBegin(pass), columns = share.PassBegin(pass + 1) - begin;
+  Slot slot(1);
+  for (int pass = 0; pass < a.passes; ++pass) {
+    const int begin = share.Begin(pass), columns = share.End(pass) - begin;
+    const int column = begin + min(row, columns - 1);
+    const int product = ProductOf(a, column);
+    const __nv_bfloat16* const from =
+        a.products[product].weight + int64_t{column - a.begin[product]} * a.in;
     for (int i = 0; i < share.chunks; ++i, slot.Next(a.stages)) {
-      const int k = share.K(a, i);
-      const uint32_t to = ring.base + static_cast<uint32_t>(slot.stage) * ring.stage_bytes;
+      const int k = share.K(i);
       BarrierWait(&shared.empty[slot.stage], slot.parity);
-      ForPieces(
-          warp, warps, columns, min(a.chunk, a.in - k) / 8, a.log_pieces, [&](int row, int piece) {
-            const int column = begin + row;
-            const std::byte* from = column >= a.begin[2]   ? base[2]
-                                    : column >= a.begin[1] ? base[1]
-                                                           : base[0];
-            CopyAsync(
-                to + static_cast<uint32_t>(row) * ring.stride + static_cast<uint32_t>(piece) * 16,
-                from + column * row_bytes + k * 2 + piece * 16, policy);
-          });
-      ArriveAfterCopies(&shared.full[slot.stage]);
+      if (row < columns) {
+        CopyOnce(ring + static_cast<uint32_t>(slot.stage * a.stage_rows + row) * SharedT::kStride,
+                 from + k, static_cast<uint32_t>(min(SharedT::kChunk, a.in - k)) * 2,
+                 &shared.full[slot.stage], policy);
+      }
+      __syncwarp();
     }
   }
 }
 
-// The warps that copy x.
-template <int kTile, class SharedT>
-__device__ void ProduceX(const Args& a, const Share& share, const Ring& ring, SharedT& shared,
-                         int warp, int warps) {
-  const auto* const x = reinterpret_cast<const std::byte*>(a.x);
-  Slot slot;
+// x, by one warp, which also announces the bytes of a stage.
+template <class SharedT>
+__device__ void ProduceX(const Args& a, const Share& share, uint32_t ring, SharedT& shared) {
+  const int row = static_cast<int>(threadIdx.x) % 32;
+  const __nv_bfloat16* const from = a.x + int64_t{min(row, a.rows - 1)} * a.in;
+  const int first_row = a.stage_rows - a.rows;
   WaitForPrevious();
-  for (int pass = 0; pass < share.passes; ++pass) {
+  Slot slot(1);
+  for (int pass = 0; pass < a.passes; ++pass) {
+    const int columns = share.End(pass) - share.Begin(pass);
     for (int i = 0; i < share.chunks; ++i, slot.Next(a.stages)) {
-      const int k = share.K(a, i);
-      const uint32_t to = ring.base + static_cast<uint32_t>(slot.stage) * ring.stage_bytes +
-                          static_cast<uint32_t>(kTile) * ring.stride;
+      const int k = share.K(i);
+      const auto bytes = static_cast<uint32_t>(min(SharedT::kChunk, a.in - k)) * 2;
+      uint64_t* const full = &shared.full[slot.stage];
       BarrierWait(&shared.empty[slot.stage], slot.parity);
-      ForPieces(
-          warp, warps, a.rows, min(a.chunk, a.in - k) / 8, a.log_pieces, [&](int row, int piece) {
-            CopyAsync(
-                to + static_cast<uint32_t>(row) * ring.stride + static_cast<uint32_t>(piece) * 16,
-                x + (int64_t{row} * a.in + k) * 2 + piece * 16);
-          });
-      ArriveAfterCopies(&shared.full[slot.stage]);
+      if (row == 0) BarrierArriveExpect(full, bytes * static_cast<uint32_t>(columns + a.rows));
+      if (row < a.rows) {
+        CopyBulk(ring + static_cast<uint32_t>(slot.stage * a.stage_rows + first_row + row) *
+                            SharedT::kStride,
+                 from + k, bytes, full);
+      }
+      __syncwarp();
     }
   }
 }
 
 // ---- consumers ----------------------------------------------------------------------------------
 
-template <int kRowTiles>
-using Sums = float[2][kRowTiles][4];  // 32 columns x 8 kRowTiles rows.
-
-// sums += this warp's steps of a stage.
-template <int kRowTiles, int kStepWarps>
-__device__ __forceinline__ void MultiplyStage(uint32_t weights, uint32_t x, uint32_t stride,
-                                              int first_step, int steps, Sums<kRowTiles>& sums) {
-  const uint32_t lane = threadIdx.x % 32;
-  // ldmatrix: lanes 0-7, 8-15, 16-23 and 24-31 address the rows of four 8 x 8 matrices. Of the
-  // weights: columns 0-7 and 8-15 at k, the same at k + 8. Of x: rows 0-7 at k and k + 8, 8-15.
-  const uint32_t weight_at = weights + (lane % 16) * stride + lane / 16 * 16;
-  const uint32_t x_at =
-      x + (kRowTiles == 1 ? (lane % 8) * stride + lane / 8 % 2 * 16
-                          : (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 16);
-#pragma unroll 2
-  for (int step = first_step; step < steps; step += kStepWarps) {
-    const auto k = static_cast<uint32_t>(step) * kStep * 2;
-    uint32_t w[2][4];
-    LdMatrix4(w[0], weight_at + k);
-    LdMatrix4(w[1], weight_at + 16 * stride + k);
-    if constexpr (kRowTiles == 1) {
-      uint32_t b[2];
-      LdMatrix2(b, x_at + k);
-      Mma16x8x16(sums[0][0], w[0], b[0], b[1]);
-      Mma16x8x16(sums[1][0], w[1], b[0], b[1]);
-    } else {
+// sums += one unit. `weights` and `x`: the lane's row and place in the unit. Lane l reads eight
+// consecutive values of rows l / 4 of both: the operands of two instructions of 16, since both take
+// the values along `in` in the same order.
+__device__ __forceinline__ void MultiplyUnit(uint32_t weights, uint32_t x, uint32_t stride,
+                                             float (&sums)[kFragments][4]) {
+  const uint4 b = LoadShared(x);
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n += 2) {
-        uint32_t b[4];
-        LdMatrix4(b, x_at + static_cast<uint32_t>(n) * 8 * stride + k);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          Mma16x8x16(sums[m][n], w[m], b[0], b[1]);
-          Mma16x8x16(sums[m][n + 1], w[m], b[2], b[3]);
-        }
-      }
-    }
+  for (int f = 0; f < kFragments; ++f) {
+    const uint32_t at = weights + static_cast<uint32_t>(16 * f) * stride;
+    const uint4 low = LoadShared(at), high = LoadShared(at + 8 * stride);
+    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+    Mma16x8x16(sums[f], first, b.x, b.y);
+    Mma16x8x16(sums[f], second, b.z, b.w);
   }
 }
 
-__device__ __forceinline__ float4 Add(float4 a, float4 b) {
-  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+// What is stored beside the products of a lane's two values of a column: bias, and what `out` held.
+__device__ __forceinline__ float2 StartOf(const Args& a, int column, int end, int row) {
+  float2 start = {0, 0};
+  if (column >= end) return start;
+  const int product = ProductOf(a, column);
+  const Product& p = a.products[product];
+  const int own = column - a.begin[product];
+  if (p.bias != nullptr) start.x = start.y = p.bias[own];
+  if (!p.accumulate) return start;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (row + i >= a.rows) continue;
+    const int64_t at = int64_t{row + i} * p.cols + own;
+    (i == 0 ? start.x : start.y) +=
+        p.f32_out ? static_cast<const float*>(p.out)[at]
+                  : __bfloat162float(static_cast<const __nv_bfloat16*>(p.out)[at]);
+  }
+  return start;
 }
 
 __device__ __forceinline__ void StoreColumn(const Args& a, int column, int end, int row, float s0,
@@ -311,218 +234,214 @@ __device__ __forceinline__ void StoreColumn(const Args& a, int column, int end, 
   if (column >= end) return;
   const int product = ProductOf(a, column);
   const Product& p = a.products[product];
-  const int own = column - a.begin[product];
-  const float bias = p.bias == nullptr ? 0.0f : p.bias[own];
-  const float sums[2] = {s0 + bias, s1 + bias};
+  const float sums[2] = {s0, s1};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (row + i >= a.rows) return;
-    const int64_t at = int64_t{row + i} * p.cols + own;
+    if (row + i >= a.rows) continue;
+    const int64_t at = int64_t{row + i} * p.cols + column - a.begin[product];
     if (p.f32_out) {
-      float* const out = static_cast<float*>(p.out) + at;
-      *out = p.accumulate ? *out + sums[i] : sums[i];
+      static_cast<float*>(p.out)[at] = sums[i];
     } else {
-      auto* const out = static_cast<__nv_bfloat16*>(p.out) + at;
-      *out = __float2bfloat16(p.accumulate ? __bfloat162float(*out) + sums[i] : sums[i]);
+      static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(sums[i]);
     }
   }
 }
 
-// Stores a fragment whose first column is `column` and first row `row`.
-__device__ __forceinline__ void StoreFragment(const Args& a, int column, int end, int row,
-                                              float4 sums) {
+// A fragment whose first column is `column`.
+__device__ __forceinline__ float4 StartOfFragment(const Args& a, int column, int end) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  column += lane / 4;
-  row += lane % 4 * 2;
-  StoreColumn(a, column, end, row, sums.x, sums.y);
-  StoreColumn(a, column + 8, end, row, sums.z, sums.w);
+  const float2 low = StartOf(a, column + lane / 4, end, lane % 4 * 2);
+  const float2 high = StartOf(a, column + lane / 4 + 8, end, lane % 4 * 2);
+  return {low.x, low.y, high.x, high.y};
+}
+__device__ __forceinline__ void StoreFragment(const Args& a, int column, int end, float4 sums) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  StoreColumn(a, column + lane / 4, end, lane % 4 * 2, sums.x, sums.y);
+  StoreColumn(a, column + lane / 4 + 8, end, lane % 4 * 2, sums.z, sums.w);
 }
 
-template <int kRowTiles, int kRowWarps, int kCluster, class SharedT>
-__device__ void Consume(const Args& a, const Share& share, int rank, const Ring& ring,
-                        SharedT& shared) {
-  constexpr int kTile = 32 * kRowWarps;
-  constexpr int kStepWarps = SharedT::kStepWarps;
-  constexpr int kFragments = SharedT::kFragments;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int row_warp = warp % kRowWarps, step_warp = warp / kRowWarps;
-  int stage = 0;
-  uint32_t parity = 0;
-  WaitForPrevious();
-  for (int pass = 0; pass < share.passes; ++pass) {
-    Sums<kRowTiles> sums = {};
-    for (int i = 0; i < share.chunks; ++i) {
-      BarrierWait(&shared.full[stage], parity);
-      const uint32_t at = ring.base + static_cast<uint32_t>(stage) * ring.stage_bytes;
-      const int steps = min(a.chunk, a.in - share.K(a, i)) / kStep;
-      MultiplyStage<kRowTiles, kStepWarps>(at + static_cast<uint32_t>(32 * row_warp) * ring.stride,
-                                           at + kTile * ring.stride, ring.stride, step_warp, steps,
-                                           sums);
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&shared.empty[stage]);
-      if (++stage == a.stages) stage = 0, parity ^= 1;
-    }
+template <int kColumnWarps, int kCluster>
+class Consumer {
+  using SharedT = Shared<kColumnWarps, kCluster>;
+  static constexpr int kStepWarps = SharedT::kStepWarps;
 
-    // The sums of the warps that share columns meet in the first of them.
-    const int buffer = pass % SharedT::kBuffers;
-    if constexpr (kStepWarps > 1) {
-      if (SharedT::kBuffers == 1 && pass > 0) NamedBarrier(1, kConsumers * 32);
-      if (step_warp > 0) {
+ public:
+  __device__ Consumer(const Args& args, const Share& share, uint32_t ring, SharedT& shared)
+      : a_(args),
+        share_(share),
+        shared_(shared),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        column_warp_(static_cast<int>(threadIdx.x) / 32 % kColumnWarps),
+        step_warp_(static_cast<int>(threadIdx.x) / 32 / kColumnWarps) {
+    const auto place = static_cast<uint32_t>(step_warp_ * kUnit * 2 + lane_ % 4 * 16);
+    const int column = 16 * kFragments * column_warp_ + lane_ / 4;
+    // Past the last row of x, that row again; it is not stored.
+    const int row = a_.stage_rows - a_.rows + min(lane_ / 4, a_.rows - 1);
+    weights_at_ = ring + static_cast<uint32_t>(column) * SharedT::kStride + place;
+    x_at_ = ring + static_cast<uint32_t>(row) * SharedT::kStride + place;
+  }
+
+  __device__ void Run() {
+    WaitForPrevious();
+    for (int pass = 0; pass < a_.passes; ++pass) {
+      const int begin = share_.Begin(pass) + 16 * kFragments * column_warp_;
+      const int end = share_.End(pass);
+      // Asked for now, needed at the end.
+      float4 start[kFragments];
+      if (step_warp_ == 0) {
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
-          const float(&s)[4] = sums[f / kRowTiles][f % kRowTiles];
-          shared.warp_sums[buffer][step_warp - 1][row_warp][f][lane] = {s[0], s[1], s[2], s[3]};
+          if (Owns(f)) start[f] = StartOfFragment(a_, begin + 16 * f, end);
         }
       }
-      NamedBarrier(1, kConsumers * 32);
-    }
-    if (step_warp > 0) continue;
-    const int begin = share.PassBegin(pass), end = share.PassBegin(pass + 1);
-    float4 total[kFragments];
+      float4 sums[kFragments];
+      Multiply(sums);
+      GatherWarps(pass, sums);
+      if (step_warp_ > 0) continue;
+      if constexpr (kCluster > 1) GatherCluster(pass, sums);
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-      const float(&s)[4] = sums[f / kRowTiles][f % kRowTiles];
-      total[f] = {s[0], s[1], s[2], s[3]};
-#pragma unroll
-      for (int w = 0; w < kStepWarps - 1; ++w) {
-        total[f] = Add(total[f], shared.warp_sums[buffer][w][row_warp][f][lane]);
+      for (int f = 0; f < kFragments; ++f) {
+        if (Owns(f)) StoreFragment(a_, begin + 16 * f, end, Add(sums[f], start[f]));
       }
     }
+    if (kCluster > 1 && step_warp_ > 0) ClusterWait();
+  }
 
-    const int first_column = begin + 32 * row_warp;
-    if constexpr (kCluster == 1) {
+ private:
+  // Fragment f among those of all column warps, and whether this CTA stores it.
+  __device__ int Index(int f) const { return column_warp_ * kFragments + f; }
+  __device__ bool Owns(int f) const { return Index(f) % kCluster == share_.rank; }
+
+  // This warp's steps of a pass.
+  __device__ __forceinline__ void Multiply(float4 (&to)[kFragments]) {
+    float sums[kFragments][4] = {};
+    for (int i = 0; i < share_.chunks; ++i, slot_.Next(a_.stages)) {
+      const int units = min(SharedT::kChunk, a_.in - share_.K(i)) / kUnit;
+      const uint32_t stage = static_cast<uint32_t>(slot_.stage * a_.stage_rows) * SharedT::kStride;
+      BarrierWait(&shared_.full[slot_.stage], slot_.parity);
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        StoreFragment(a, first_column + f / kRowTiles * 16, end, f % kRowTiles * 8, total[f]);
-      }
-    } else {
-      // Fragment j of the tile belongs to rank j % kCluster.
-      if (pass == 0) ClusterWait();
-#pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        const int j = row_warp * kFragments + f;
-        const uint32_t own = SharedAddress(&shared.cta_sums[pass % 2][rank][j / kCluster][lane]);
-        StoreIn(AddressIn(own, j % kCluster), total[f]);
+      for (int u = 0; u < kUnits; ++u) {
+        if (step_warp_ + u * kStepWarps < units) {
+          const uint32_t at = stage + static_cast<uint32_t>(u * kStepWarps * kUnit * 2);
+          MultiplyUnit(weights_at_ + at, x_at_ + at, SharedT::kStride, sums);
+        }
       }
       __syncwarp();
-      if (lane < kCluster) ArriveIn(AddressIn(SharedAddress(&shared.gathered), lane));
-      WaitForCluster(&shared.gathered, static_cast<uint32_t>(pass % 2));
+      if (lane_ == 0) BarrierArrive(&shared_.empty[slot_.stage]);
+    }
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        const int j = row_warp * kFragments + f;
-        if (j % kCluster != rank) continue;
-        float4 sum = shared.cta_sums[pass % 2][0][j / kCluster][lane];
+    for (int f = 0; f < kFragments; ++f) {
+      to[f] = {sums[f][0], sums[f][1], sums[f][2], sums[f][3]};
+    }
+  }
+
+  // The sums of the warps that share columns meet in the first of them.
+  __device__ __forceinline__ void GatherWarps(int pass, float4 (&sums)[kFragments]) {
+    auto& others = shared_.warp_sums[pass % 2];
+    if (step_warp_ > 0) {
 #pragma unroll
-        for (int r = 1; r < kCluster; ++r) {
-          sum = Add(sum, shared.cta_sums[pass % 2][r][j / kCluster][lane]);
-        }
-        StoreFragment(a, first_column + f / kRowTiles * 16, end, f % kRowTiles * 8, sum);
+      for (int f = 0; f < kFragments; ++f) others[step_warp_ - 1][column_warp_][f][lane_] = sums[f];
+    }
+    NamedBarrier(1, kConsumers * 32);
+    if (step_warp_ > 0) return;
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int w = 0; w < kStepWarps - 1; ++w) {
+        sums[f] = Add(sums[f], others[w][column_warp_][f][lane_]);
       }
     }
   }
-  if constexpr (kCluster > 1) {
-    if (step_warp > 0 || share.passes == 0) ClusterWait();
-  }
-}
 
-template <int kRowTiles, int kRowWarps, int kCluster>
-__global__ __launch_bounds__(kThreads, kRowTiles <= 2
-                                           ? 2
-                                           : 1) void StreamKernel(const __grid_constant__ Args a) {
-  using SharedT = Shared<kRowTiles, kRowWarps, kCluster>;
-  constexpr int kTile = 32 * kRowWarps;
+  // Each fragment goes to the CTA that stores it, and is added up there by rank.
+  __device__ __forceinline__ void GatherCluster(int pass, float4 (&sums)[kFragments]) {
+    auto& of_rank = shared_.cta_sums[pass % 2];
+    if (pass == 0) ClusterWait();  // For the others to have begun.
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      const uint32_t own = SharedAddress(&of_rank[share_.rank][Index(f) / kCluster][lane_]);
+      StoreIn(AddressIn(own, Index(f) % kCluster), sums[f]);
+    }
+    __syncwarp();
+    if (lane_ < kCluster) ArriveIn(AddressIn(SharedAddress(&shared_.gathered), lane_));
+    WaitForCluster(&shared_.gathered, static_cast<uint32_t>(pass % 2));
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      if (!Owns(f)) continue;
+      sums[f] = of_rank[0][Index(f) / kCluster][lane_];
+#pragma unroll
+      for (int r = 1; r < kCluster; ++r)
+        sums[f] = Add(sums[f], of_rank[r][Index(f) / kCluster][lane_]);
+    }
+  }
+
+  const Args& a_;
+  const Share& share_;
+  SharedT& shared_;
+  const int lane_, column_warp_, step_warp_;
+  uint32_t weights_at_, x_at_;  // In stage 0.
+  Slot slot_{0};
+};
+
+template <int kColumnWarps, int kCluster>
+__global__ __launch_bounds__(kThreads, 1) void StreamKernel(const __grid_constant__ Args a) {
+  using SharedT = Shared<kColumnWarps, kCluster>;
   extern __shared__ __align__(128) std::byte memory[];
   SharedT& shared = *reinterpret_cast<SharedT*>(memory);
-  const Ring ring = RingOf<kTile>(a, SharedAddress(memory) + (sizeof(SharedT) + 127) / 128 * 128);
+  const uint32_t ring = SharedAddress(memory) + (sizeof(SharedT) + 127) / 128 * 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i) {
-      BarrierInit(&shared.full[i], kProducers * 32);
+      BarrierInit(&shared.full[i], 1);
       BarrierInit(&shared.empty[i], kConsumers);
     }
-    BarrierInit(&shared.gathered, kCluster * kRowWarps);
+    BarrierInit(&shared.gathered, kCluster * kColumnWarps);
     BarrierInitFence();
   }
   __syncthreads();
   if constexpr (kCluster > 1) ClusterArrive();
-  const int rank = kCluster > 1 ? ClusterRank() : 0;
-  const Share share(a, kCluster, rank, kTile);
   LetNextStart();
+  const Share share(a, kCluster, kCluster > 1 ? ClusterRank() : 0, SharedT::kChunk);
   const int producer = static_cast<int>(threadIdx.x) / 32 - kConsumers;
-  if (producer >= 0) {
-    constexpr int kX = kRowTiles >= 4 ? 2 : 1;
-    if (producer < kX) {
-      ProduceX<kTile>(a, share, ring, shared, producer, kX);
-    } else {
-      ProduceWeights<kTile>(a, share, ring, shared, producer - kX, kProducers - kX);
-    }
-    if constexpr (kCluster > 1) ClusterWait();
-  } else {
-    Consume<kRowTiles, kRowWarps, kCluster>(a, share, rank, ring, shared);
+  if (producer < 0) {
+    Consumer<kColumnWarps, kCluster>(a, share, ring, shared).Run();
+    return;
   }
+  if (producer < kWeightWarps) {
+    ProduceWeights(a, share, ring, shared, producer);
+  } else {
+    ProduceX(a, share, ring, shared);
+  }
+  if constexpr (kCluster > 1) ClusterWait();
 }
 
 // ---- launcher -----------------------------------------------------------------------------------
 
-template <int kRowTiles, int kRowWarps, int kCluster>
-void Launch(Context& context, Args args, const StreamConfig& config) {
-  constexpr int kTile = 32 * kRowWarps;
-  const auto kernel = StreamKernel<kRowTiles, kRowWarps, kCluster>;
-  const size_t fixed = (sizeof(Shared<kRowTiles, kRowWarps, kCluster>) + 127) / 128 * 128;
-  // Rows of x are read in eights: what follows the last stage must be memory of the CTA.
-  const size_t stage =
-      static_cast<size_t>(args.chunk * 2 + kStagePadding) * static_cast<size_t>(kTile + args.rows);
-  const size_t slack = static_cast<size_t>(args.chunk * 2 + kStagePadding) *
-                       static_cast<size_t>(8 * kRowTiles - args.rows);
-  RESA_CHECK(fixed + slack + 2 * stage <= config.shared_bytes);
-  args.stages = static_cast<int32_t>(
-      std::min<size_t>(kMaxStages, (config.shared_bytes - fixed - slack) / stage));
-  const size_t bytes = fixed + slack + stage * static_cast<size_t>(args.stages);
-
-  static const int max_clusters = [&] {
-    RESA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(context.device.shared_bytes_per_block)));
-    if (kCluster == 1) return context.device.sms;
-    cudaLaunchConfig_t launch = {};
-    launch.gridDim = dim3(kCluster);
-    launch.blockDim = dim3(kThreads);
-    launch.dynamicSmemBytes = context.device.shared_bytes_per_block;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {kCluster, 1, 1};
-    launch.attrs = &attribute;
-    launch.numAttrs = 1;
-    int clusters = 0;
-    RESA_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch));
-    return clusters;
-  }();
+template <int kColumnWarps, int kCluster>
+bool Launch(Context& context, Args args, size_t most_shared_bytes) {
+  using SharedT = Shared<kColumnWarps, kCluster>;
+  const auto kernel = StreamKernel<kColumnWarps, kCluster>;
+  static const int max_clusters = MaxClusters(context, kernel, kThreads, kCluster);
   const int columns = args.begin[kMaxProducts];
   const int clusters = std::min(max_clusters, columns);
   args.unit = columns / clusters >= 64 ? 8 : 1;
+  const int units = (columns + args.unit - 1) / args.unit;
+  const int share = (units + clusters - 1) / clusters * args.unit;
+  args.passes = (share + SharedT::kTile - 1) / SharedT::kTile;
+  const int parts = clusters * args.passes;
+  args.stage_rows = (units + parts - 1) / parts * args.unit + args.rows;
+
+  constexpr size_t kFixed = (sizeof(SharedT) + 127) / 128 * 128;
+  const size_t stage = size_t{SharedT::kStride} * static_cast<size_t>(args.stage_rows);
+  // Weights are read in whole tiles: what follows the last stage must be the CTA's memory.
+  const size_t slack =
+      size_t{SharedT::kStride} * static_cast<size_t>(std::max(0, SharedT::kTile - args.stage_rows));
+  if (kFixed + slack + 2 * stage > most_shared_bytes) return false;
+  args.stages = static_cast<int32_t>(
+      std::min<size_t>(kMaxStages, (most_shared_bytes - kFixed - slack) / stage));
+  const size_t bytes = kFixed + slack + stage * static_cast<size_t>(args.stages);
   LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(clusters * kCluster)),
                    dim3(kThreads), bytes, kCluster, args);
-}
-
-template <int kRowTiles>
-void LaunchRows(Context& context, const Args& args, const StreamConfig& config) {
-  const int kind = config.row_warps * 10 + config.cluster;
-  switch (kind) {
-    case 11:
-      return Launch<kRowTiles, 1, 1>(context, args, config);
-    case 12:
-      return Launch<kRowTiles, 1, 2>(context, args, config);
-    case 21:
-      return Launch<kRowTiles, 2, 1>(context, args, config);
-    case 22:
-      return Launch<kRowTiles, 2, 2>(context, args, config);
-    case 41:
-      return Launch<kRowTiles, 4, 1>(context, args, config);
-    case 42:
-      return Launch<kRowTiles, 4, 2>(context, args, config);
-    case 44:
-      return Launch<kRowTiles, 4, 4>(context, args, config);
-  }
-  RESA_CHECK(false) << "Linear: no kernel for " << config.row_warps << " warps of columns in "
-                    << "clusters of " << config.cluster;
+  return true;
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -530,7 +449,7 @@ bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 }  // namespace
 
 bool StreamSupports(const LinearParams* params, int count) {
-  if (params[0].x.cols % kStep != 0 || !Aligned(params[0].x.data)) return false;
+  if (params[0].x.cols % kUnit != 0 || !Aligned(params[0].x.data)) return false;
   int64_t columns = 0;
   for (int i = 0; i < count; ++i) {
     if (!Aligned(params[i].weight.data)) return false;
@@ -539,7 +458,7 @@ bool StreamSupports(const LinearParams* params, int count) {
   return columns < (int64_t{1} << 30) && params[0].x.cols < (int64_t{1} << 30);
 }
 
-void LinearStreamWith(Context& context, const LinearParams* params, int count,
+bool LinearStreamWith(Context& context, const LinearParams* params, int count,
                       const StreamConfig& config) {
   Args args = {};
   const Matrix& x = params[0].x;
@@ -559,13 +478,33 @@ void LinearStreamWith(Context& context, const LinearParams* params, int count,
                         p.accumulate};
     args.begin[i + 1] += args.products[i].cols;
   }
-  RESA_CHECK(config.chunk == 64 || config.chunk == 128 || config.chunk == 256) << config.chunk;
-  args.chunk = config.chunk;
-  args.log_pieces = std::bit_width(static_cast<unsigned>(config.chunk)) - 4;
-  if (x.rows <= 8) return LaunchRows<1>(context, args, config);
-  if (x.rows <= 16) return LaunchRows<2>(context, args, config);
-  if (x.rows <= 32) return LaunchRows<4>(context, args, config);
-  LaunchRows<8>(context, args, config);
+  switch (config.column_warps * 10 + config.cluster) {
+    case 11:
+      return Launch<1, 1>(context, args, config.shared_bytes);
+    case 21:
+      return Launch<2, 1>(context, args, config.shared_bytes);
+    case 22:
+      return Launch<2, 2>(context, args, config.shared_bytes);
+  }
+  RESA_CHECK(false) << "Linear: no kernel for " << config.column_warps << " warps of columns in "
+                    << "clusters of " << config.cluster;
+  return false;
+}
+
+// With few columns for each multiprocessor reading x takes as long as reading weights, unless two
+// CTAs share the columns and each reads half of x.
+void LinearStream(Context& context, const LinearParams* params, int count) {
+  int64_t columns = 0;
+  for (int i = 0; i < count; ++i) columns += params[i].weight.rows;
+  const int64_t share = (columns + context.device.sms - 1) / context.device.sms;
+  const bool one_row = params[0].x.rows == 1;
+  StreamConfig config;
+  if (share > 32) {
+    config.column_warps = 2;
+  } else if (share > 16 && !one_row) {
+    config.column_warps = config.cluster = 2;
+  }
+  RESA_CHECK(LinearStreamWith(context, params, count, config));
 }
 
 }  // namespace resa::kernels::cuda

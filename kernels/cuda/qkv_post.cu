@@ -10,9 +10,9 @@
 // - sketch: the planes and the scale of each token written, from that token's stored key alone.
 // So a descriptor's bits do not depend on how its tokens were cut into chunks.
 //
-// A decode row is a single wave of (row, KV head) CTAs, one warp per head: its latency counts, 1.5
-// us with min/max and 2.2 us with a sketch at 1 row, 2.2 and 2.9 us at 32 (28 / 4 heads). A prefill
-// chunk reads and writes each value once: 2.8 to 3.1 TB/s at 8192 rows (60 to 67 % of the reads'
+// A decode row is a single wave of (row, KV head) CTAs, one warp per head: its latency counts, 1.2
+// us with min/max and 1.9 us with a sketch at 1 row, 2.0 and 2.4 us at 32 (28 / 4 heads). A prefill
+// chunk reads and writes each value once: 2.6 to 3.0 TB/s at 8192 rows (56 to 65 % of the reads'
 // ceiling), where instructions and memory take about as long.
 
 #include <cuda_bf16.h>
@@ -107,13 +107,19 @@ struct Head {
   __device__ __forceinline__ static Factors Fetch(const float* from) {
     return reinterpret_cast<const Factors*>(from)[Lane()];
   }
-  __device__ __forceinline__ void Norm(const float* weight, float eps) {
-    const float scale = 1.0f / sqrtf(SumOfSquares() / static_cast<float>(kDim) + eps);
+  struct NormWeight {
+    Factors half[2];
+    __device__ __forceinline__ explicit NormWeight(const float* from) {
+      half[0] = Fetch(from);
+      half[1] = Fetch(from + kHalf);
+    }
+  };
+  __device__ __forceinline__ void Norm(const NormWeight& weight, float eps) {
+    const float scale = rsqrtf(SumOfSquares() / static_cast<float>(kDim) + eps);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const Factors by = Fetch(weight + h * kHalf);
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) x[h][e] = x[h][e] * scale * by.at[e];
+      for (int e = 0; e < kEach; ++e) x[h][e] = x[h][e] * scale * weight.half[h].at[e];
     }
   }
   __device__ __forceinline__ void Rotate(const Factors& cos, const Factors& sin) {
@@ -266,6 +272,26 @@ __device__ __forceinline__ void StoreMinMax(const MinMaxShared<kDim>& shared, in
   to[kDim / 2 + pair] = most;
 }
 
+// Query heads side by side in memory, in place.
+template <int kDim, int kCount>
+__device__ __forceinline__ void TurnQueries(__nv_bfloat16* q, const QkvPostArgs& args,
+                                            const typename Head<kDim>::Factors& cos,
+                                            const typename Head<kDim>::Factors& sin) {
+  Head<kDim> head[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) head[i].Load(q + i * kDim);
+  if (args.q_norm != nullptr) {
+    const typename Head<kDim>::NormWeight norm(args.q_norm);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) head[i].Norm(norm, args.eps);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    head[i].Rotate(cos, sin);
+    head[i].Store(q + i * kDim);
+  }
+}
+
 // Grid: writes x KV heads, the heads of a page side by side.
 template <int kDim, SelectorKind kKind>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) QkvPostKernel(const QkvPostArgs args) {
@@ -312,7 +338,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) QkvPostKernel(const QkvPostA
     if (role == 0) {
       Head<kDim> head;
       head.Load(args.k + kv_row * kDim);
-      if (args.k_norm != nullptr) head.Norm(args.k_norm, args.eps);
+      if (args.k_norm != nullptr) {
+        head.Norm(typename Head<kDim>::NormWeight(args.k_norm), args.eps);
+      }
       head.Rotate(cos, sin);
       head.Store(k_page + slot * kDim);
       if constexpr (kKind == SelectorKind::kSketch) {
@@ -325,17 +353,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) QkvPostKernel(const QkvPostA
     const int first = (role - 2) * q_heads;
     const int count = min(q_heads, args.group - first);
     __nv_bfloat16* const q = args.q + (kv_row * args.group + first) * kDim;
-    Head<kDim> head[kQueryHeads];
-#pragma unroll
-    for (int i = 0; i < kQueryHeads; ++i) {
-      if (i < count) head[i].Load(q + i * kDim);
-    }
-#pragma unroll
-    for (int i = 0; i < kQueryHeads; ++i) {
-      if (i >= count) break;
-      if (args.q_norm != nullptr) head[i].Norm(args.q_norm, args.eps);
-      head[i].Rotate(cos, sin);
-      head[i].Store(q + i * kDim);
+    if (count == kQueryHeads) {
+      TurnQueries<kDim, kQueryHeads>(q, args, cos, sin);
+    } else {
+      for (int i = 0; i < count; ++i) TurnQueries<kDim, 1>(q + i * kDim, args, cos, sin);
     }
   }
   __syncthreads();
@@ -375,6 +396,10 @@ void QkvPost(Context& context, const QkvPostParams& params, const RowPlace* /*pl
       .planes = layout.selector.planes,
   };
   RESA_CHECK(args.group >= 1 && args.group <= kMaxGroup) << "QkvPost: a group of " << args.group;
+  for (const float* factors : {params.cos, params.sin, params.q_norm, params.k_norm}) {
+    RESA_CHECK(reinterpret_cast<uintptr_t>(factors) % 8 == 0)
+        << "QkvPost: factors not aligned to 8";
+  }
   const int warps = std::max(kMinWarps, args.group + 2);
   const auto launch = [&](auto kernel) {
     LaunchOverlapped(context.stream, kernel, static_cast<unsigned>(num_writes * args.kv_heads),

@@ -5,7 +5,10 @@
 // q, out [T, Hq * d] bf16; K and V [page][Hk][16][d] bf16. A piece of work is 128 packed rows
 // (packed row p is row p / G, head p % G of the KV head's group) over a range of keys; CTAs stay
 // and take the next piece when they are done. Bound: the tensor cores, 4 * d FLOP per row, head and
-// key; 224 packed rows of a rectification window fill its two tiles to 87.5 %.
+// key; 224 packed rows of a rectification window fill its two tiles to 87.5 %. Measured, in useful
+// TFLOP/s of the 788 that a bf16 product of 8192^3 reaches: prefill of 32K 620-690, windows of 32
+// rows with group 7 537 (one at 128K) and 584 (eight at 256K); with group 4 they read K and V at
+// 4.1-4.2 TB/s, which bounds them.
 //
 // A CTA is three warpgroups. The first feeds: warp 0 takes pieces and copies K and V, one box per
 // page, into a ring of three stages each; its other warps gather the queries of the next piece. The
@@ -51,6 +54,8 @@ constexpr int kConsumerBarrier = kOwnBarrier + kConsumers;
 constexpr int kColumn = 64;
 constexpr int kColumnRowBytes = kColumn * 2;
 constexpr int kAtomBytes = 8 * kColumnRowBytes;
+// A maximum that no score reaches: every exponential is then zero.
+constexpr float kBeyondScores = 1e30f;
 // A tile of K or V lies in groups of 8 rows, each one atom of 8 x 64 after the other, so that a
 // page (two groups) is contiguous.
 template <int kHeadDim>
@@ -179,25 +184,32 @@ __device__ __forceinline__ int QueryRow(const AttendArgs& args, int row_begin, i
   return ((row_begin + r) * args.kv_heads + head) * args.group + packed - r * args.group;
 }
 
-// Gathers a piece's queries, swizzled as wgmma wants them; one of kQueryWarps warps.
+// Gathers a piece's queries, swizzled as wgmma wants them; one of kQueryWarps warps. Rows that do
+// not exist are zero: products of zeros draw less power, and power is what bounds the clock.
 template <int kHeadDim>
 __device__ __forceinline__ void GatherQueries(const AttendArgs& args,
                                               AttendShared<kHeadDim>& shared, const ChunkWork& work,
                                               int head, int warp) {
   constexpr int kUnits = kHeadDim / 8;  // Of 16 bytes, in a row.
   constexpr int kRowsAtOnce = 32 / kUnits;
+  constexpr int kNoRow = -1;
   const int lane = threadIdx.x % 32;
   const int unit = lane % kUnits;
 #pragma unroll
   for (int block = 0; block < kTileRows; block += 32) {
     // Each lane works out where one row is; the rows are then copied by all lanes.
-    const int packed = min(work.packed_begin + block + lane, work.packed_end - 1);
-    const int from = QueryRow(args, work.row_begin, packed, head);
+    const int packed = work.packed_begin + block + lane;
+    const int from =
+        packed < work.packed_end ? QueryRow(args, work.row_begin, packed, head) : kNoRow;
     for (int i = warp * kRowsAtOnce; i < 32; i += kQueryWarps * kRowsAtOnce) {
       const int row = i + lane / kUnits;
-      const int64_t begin = static_cast<int64_t>(__shfl_sync(~0u, from, row)) * kHeadDim;
-      CopyAsync16(SharedAddress(&shared.q[unit / 8][block + row][((unit % 8) ^ (row % 8)) * 8]),
-                  args.q + begin + unit * 8);
+      const int64_t begin = __shfl_sync(~0u, from, row);
+      __nv_bfloat16* to = &shared.q[unit / 8][block + row][((unit % 8) ^ (row % 8)) * 8];
+      if (begin == kNoRow) {
+        *reinterpret_cast<uint4*>(to) = uint4{};
+      } else {
+        CopyAsync16(SharedAddress(to), args.q + begin * kHeadDim + unit * 8);
+      }
     }
   }
   CopyAsyncCommit();
@@ -464,6 +476,9 @@ class Consumer {
       Mask(scores, limit);
     };
     Softmax softmax;
+    // Rows that do not exist get weights of zero too.
+    if (!rows.exists[0]) softmax.m[0] = kBeyondScores;
+    if (!rows.exists[1]) softmax.m[1] = kBeyondScores;
     float shrink[2];
     float s[kTileKeys / 2];
     uint32_t p[kTileKeys / 16][4];
@@ -674,14 +689,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
       FeedQueries<kHeadDim>(args, shared);
     }
+    LetNextStart();
   } else {
     RaiseRegisters<kConsumerRegisters>();
     WaitForPrevious();
     Consumer<kHeadDim>(args, shared, static_cast<int>(threadIdx.x) / kWarpgroup - 1).Run();
+    LetNextStart();
     MergeRows<kHeadDim>(args);
     LeaveCounters(args);
   }
-  LetNextStart();
 }
 
 template <int kHeadDim>

@@ -25,7 +25,8 @@ absl::Status ModelExecutor::Execute(const StepInput& input, StepOutput* output) 
   if (input.segments.empty()) return absl::OkStatus();
   batch_.Build(input.segments);
   output->samples.resize(batch_.samples().size());
-  const kernels::StepLists lists = batch_.Lists(output->samples.data());
+  kernels::StepLists lists = batch_.Lists(output->samples.data());
+  lists.owner = this;
   ops_->RunStep(lists, [this, &lists] {
     transformer_->Forward(batch_, *kv_);
     if (lists.num_samples == 0) return;

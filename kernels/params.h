@@ -85,6 +85,7 @@ struct KvLayer {
   std::byte* k = nullptr;            // [num_pages][Hk][16][d] of kv_dtype
   std::byte* v = nullptr;            // same
   std::byte* descriptors = nullptr;  // [num_pages][Hk][DescriptorRunBytes()]
+  friend bool operator==(const KvLayer&, const KvLayer&) = default;
 };
 
 // Page tables of the step's sequences: entry [s * stride + i] is the page that holds positions
@@ -320,6 +321,8 @@ struct SampleParams {
 // ChunkAttend, GatherRows and Sample are given in the step are these very arrays, so that a device
 // backend copies each once and not once per layer.
 struct StepLists {
+  // Whose step it is: a recording is replayed for nobody else. Anything that tells executors apart.
+  const void* owner = nullptr;
   int64_t rows = 0;                    // T
   const int32_t* ids = nullptr;        // [T]
   const int32_t* positions = nullptr;  // [T]

@@ -257,10 +257,11 @@ class CudaOps : public Ops {
   }
   void DoCopyPages(const CopyPagesParams& p) override {
     const DeviceStep& step = Loose({.rows = p.count, .ids = p.from, .positions = p.to});
-    const auto bytes = static_cast<size_t>(p.layout.num_layers) * sizeof(KvLayer);
-    if (layers_.bytes() < bytes || layers_of_ != p.layers) {
-      layers_of_ = p.layers;
-      Upload(layers_.Reserve(bytes), p.layers, bytes);
+    const std::vector<KvLayer> layers(p.layers, p.layers + p.layout.num_layers);
+    const size_t bytes = layers.size() * sizeof(KvLayer);
+    if (layers != copied_layers_) {
+      Upload(layers_.Reserve(bytes), layers.data(), bytes);
+      copied_layers_ = layers;
     }
     CopyPagesParams there = p;
     there.layers = reinterpret_cast<const KvLayer*>(layers_.Reserve(bytes));
@@ -396,8 +397,8 @@ class CudaOps : public Ops {
   StepMemory step_;
   StepMemory loose_;
   ResultMemory results_;
-  cuda::Scratch layers_;  // KvLayer of every layer, for CopyPages.
-  const KvLayer* layers_of_ = nullptr;
+  cuda::Scratch layers_;  // KvLayer of every layer, for CopyPages, and what it holds.
+  std::vector<KvLayer> copied_layers_;
 
   bool in_step_ = false;
   bool replaying_ = false;

@@ -59,7 +59,8 @@ void StepMemory::Stage(const StepLists& lists, cudaStream_t stream) {
   CopyTables(stream);
   Pack(stream);
   RESA_CUDA_CHECK(cudaEventRecord(copied_, stream));
-  key_ = {.rows = lists.rows,
+  key_ = {.owner = lists.owner,
+          .rows = lists.rows,
           .sparse_rows = lists.num_sparse_rows,
           .single_rows = device_.num_single_rows,
           .samples = lists.num_samples,

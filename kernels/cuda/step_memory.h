@@ -25,6 +25,7 @@ inline constexpr int kDenseSplitTokens = 1024;
 
 // What tells recordings apart.
 struct StepKey {
+  const void* owner = nullptr;
   int64_t rows = 0;
   int64_t sparse_rows = 0;
   int64_t single_rows = 0;  // Dense chunks of one row.

@@ -13,8 +13,8 @@
 //                 Each copies its own units ahead by cp.async into its own ring of K and V, which
 //                 needs no barrier, and computes S^T = K Q^T and O^T += V^T P^T by mma.m16n8k16
 //                 with the tokens as M and the group's heads as N: a group of up to 8 wastes none;
-//   the finishers (decode_merge.cuh) merge the consumers' states after each item, and the last
-//                 split to arrive those of its row, in a fixed order, without another launch.
+//   the finishers (decode_merge.cuh) merge the consumers' states after each item.
+// In the end all warps combine the splits of the rows, in order, without another launch.
 //
 // Bound: the bytes of K and V attended to, at the read bandwidth.
 
@@ -55,6 +55,7 @@ class Consumer {
   }
 
   __device__ void Run() {
+#pragma unroll 1
     for (int i = 0; i < S::kAhead; ++i) {
       LookUp(i);
       Copy(args_.k, 2 * i);
@@ -117,7 +118,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         CopyAsync16((to ^ (i * kTokens % 8 * 16)) + i * 512,
-                    from + offset_[i / kRunCopies] + i % kRunCopies * 512);
+                    from + offset_[i / kRunCopies] + i % kRunCopies * 512, policy_);
       }
     }
     CopyAsyncCommit();
@@ -291,6 +292,8 @@ class Consumer {
   uint32_t copy_at_;  // Where this lane's 16 of the first 512 bytes go.
   uint32_t k_at_;     // Where this lane's row begins for ldmatrix.
   uint32_t v_at_;
+  // K and V must not push page tables, partial results and instructions out of the L2.
+  const uint64_t policy_ = EvictFirstPolicy();
   int64_t offset_[kRuns];  // Of this lane's first bytes of each run.
   bool ahead_ = false;     // There is a unit to copy.
   bool ended_ = false;
@@ -345,19 +348,18 @@ __global__ void __launch_bounds__(ThreadsOf(kHeadTiles), 1)
   if (warp == kConsumers) {
     // The lists were copied to the device before any kernel of the step was launched.
     const DecodeRows<kRuns> rows(args);
-    WaitForPriorKernel();
-    __syncthreads();
     DecodeScout<kHeadDim, kHeadTiles, kRuns>(shared, args, rows).Run();
-  } else if (warp < kConsumers) {
-    WaitForPriorKernel();
-    __syncthreads();
-    Consumer<kHeadDim, kHeadTiles, kRuns>(shared, args).Run();
   } else {
     WaitForPriorKernel();
     __syncthreads();
-    DecodeFinisher<kHeadDim, kHeadTiles, kRuns, kFinishers>(shared, args, warp - kConsumers - 1)
-        .Run();
+    if (warp < kConsumers) {
+      Consumer<kHeadDim, kHeadTiles, kRuns>(shared, args).Run();
+    } else {
+      DecodeFinisher<kHeadDim, kHeadTiles, kRuns, kFinishers>(shared, args, warp - kConsumers - 1)
+          .Run();
+    }
   }
+  CombineSplits<kHeadDim>(args);
 }
 
 template <int kHeadDim, int kHeadTiles, int kRuns>
@@ -420,7 +422,7 @@ void DecodeAttend(Context& context, const SparseAttendParams& p, const DecodePla
   args.partials = reinterpret_cast<float*>(context.decode_partials.Reserve(
       static_cast<size_t>(plan.items_capacity * PartialFloats(group, d)) * sizeof(float)));
   args.counters = context.decode_counters.Reserve(
-      1 + static_cast<size_t>(plan.items_capacity * group), context.stream);
+      1 + static_cast<size_t>(p.num_rows * p.num_heads * (d / kPartDims)), context.stream);
   const int block_tokens = p.ids == nullptr ? kPageTokens : p.layout.selector.block_tokens;
   if (d == 128) {
     if (group <= 8) return LaunchBlocks<128, 1>(context, args, block_tokens, plan.items_capacity);

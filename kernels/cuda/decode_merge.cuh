@@ -1,9 +1,13 @@
 #ifndef RESA_KERNELS_CUDA_DECODE_MERGE_CUH_
 #define RESA_KERNELS_CUDA_DECODE_MERGE_CUH_
 
-// What becomes of a split once its tokens are attended to: the finishers of a decode attention CTA
-// merge the states of its consumer warps, and the last split to arrive those of its row. They do it
-// while the consumers go on with the next item.
+// What becomes of a split once its tokens are attended to. The finishers of a CTA merge the states
+// of its consumers while those go on with the next item, and store a partial result. When no item
+// is left, all warps of all CTAs combine the partial results, each warp 32 dimensions of one head
+// of one row, as soon as the splits of that head are there.
+//
+// CTAs wait for each other there. They can: the grid is no larger than what is resident at a time,
+// and a CTA that waits has no more items of its own.
 
 #include <cuda_runtime.h>
 
@@ -14,24 +18,13 @@
 
 namespace resa::kernels::cuda {
 
-inline constexpr int kMergeSplits = 16;  // Partial results merged at a time.
+inline constexpr int kCombineBatch = 32;  // Partial results that a warp loads at a time.
 
 // A lane's part of a head's vector of d.
 template <int kCount>
 struct alignas(4 * kCount) Floats {
   float at[kCount];
 };
-
-template <int kCount>
-__device__ __forceinline__ Floats<kCount> LoadFromL2(const float* from) {
-  if constexpr (kCount == 4) {
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
-    return {{x.x, x.y, x.z, x.w}};
-  } else {
-    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
-    return {{x.x, x.y}};
-  }
-}
 
 // The softmax of one head over some tokens: o = sum_t 2^(s_t - m) v_t, l the sum of the weights.
 // m and l are the same in all lanes.
@@ -53,33 +46,12 @@ __device__ __forceinline__ float WarpSum(float x) {
   return x;
 }
 
-// Adds up to kMax states in order; lane i has (m, l) of state i, kNoMax and 0 past the last, and
-// `load` gives its vector.
-template <int kMax, int kCount, class Load>
-__device__ __forceinline__ void MergeStates(int count, float2 ml, Load load,
-                                            HeadState<kCount>* state) {
-  Floats<kCount> part[kMax];
-#pragma unroll
-  for (int i = 0; i < kMax; ++i) {
-    part[i] = i < count ? load(i) : Floats<kCount>{};
-  }
-  const float m = fmaxf(state->m, WarpMax(ml.x));
-  const float weight = Exp2(ml.x - m);
-  const float before = Exp2(state->m - m);
-  state->m = m;
-  state->l = state->l * before + WarpSum(weight * ml.y);
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) state->o.at[j] *= before;
-#pragma unroll
-  for (int i = 0; i < kMax; ++i) {
-    const float w = __shfl_sync(kDecodeLanes, weight, i);
-    if (i >= count) continue;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) state->o.at[j] += w * part[i].at[j];
-  }
+// Where a split's partial result is.
+__device__ __forceinline__ float* PartialOf(const DecodeArgs& args, int64_t item, int head_dim) {
+  return args.partials + item * PartialFloats(args.group, head_dim);
 }
 
-// kFinishers warps; finisher w has heads w, w + kFinishers, ...
+// kFinishers warps; finisher w has heads w, w + kFinishers, ... of a tile of 8.
 template <int kHeadDim, int kHeadTiles, int kRuns, int kFinishers>
 class DecodeFinisher {
  public:
@@ -97,10 +69,24 @@ class DecodeFinisher {
       BarrierWait(&s_.item_full[slot], i / S::kItemSlots & 1);
       const Item item = s_.items[slot];
       if (item.units < 0) return;
-#pragma unroll
+#pragma unroll 1
       for (int tile = 0; tile < kHeadTiles; ++tile) {
+        const int heads = min(8, args_.group - tile * 8);
         BarrierWait(&s_.merge_full, merges++ & 1);
-        Finish(item, tile * 8, min(8, args_.group - tile * 8));
+#pragma unroll 1
+        for (int head = warp_; head < heads; head += kFinishers) {
+          const State state = Merge(head, min(kConsumers, item.units));
+          if (item.splits == 1) {
+            StoreOutput(item, tile * 8 + head, state);
+          } else {
+            StorePartial(item, tile * 8 + head, state);
+          }
+        }
+        __syncwarp();
+        if (lane_ == 0) BarrierArrive(&s_.merge_empty);
+        if (item.splits == 1) continue;
+#pragma unroll 1
+        for (int head = warp_; head < heads; head += kFinishers) CountIn(item, tile * 8 + head);
       }
       __syncwarp();
       if (lane_ == 0) BarrierArrive(&s_.item_empty[slot]);
@@ -108,103 +94,46 @@ class DecodeFinisher {
   }
 
  private:
-  static constexpr int kMost = (8 + kFinishers - 1) / kFinishers;  // Heads of a warp and tile.
-
-  // `heads` heads of the group from first_head on, whose states lie in shared memory.
-  __device__ void Finish(const Item& item, int first_head, int heads) {
-    const int states = min(kConsumers, item.units);
-    State state[kMost];
+  // The states of a head, in the order of the consumers.
+  __device__ State Merge(int head, int count) const {
+    const float2 ml = lane_ < count ? s_.ml[lane_][head] : float2{kNoMax, 0};
+    State state;
+    state.m = WarpMax(ml.x);
+    const float weight = Exp2(ml.x - state.m);
+    state.l = WarpSum(weight * ml.y);
 #pragma unroll
-    for (int n = 0; n < kMost; ++n) {
-      const int head = warp_ + n * kFinishers;
-      if (head >= heads) continue;
-      const float2 ml = lane_ < states ? s_.ml[lane_][head] : float2{kNoMax, 0};
-      MergeStates<kConsumers>(
-          states, ml,
-          [&](int i) {
-            return *reinterpret_cast<const Floats<kCount>*>(&s_.o[i][head][lane_ * kCount]);
-          },
-          &state[n]);
-    }
-    __syncwarp();
-    if (lane_ == 0) BarrierArrive(&s_.merge_empty);
+    for (int i = 0; i < kConsumers; ++i) {
+      const float w = __shfl_sync(kDecodeLanes, weight, i);
+      if (i >= count) continue;
+      const auto part = *reinterpret_cast<const Floats<kCount>*>(&s_.o[i][head][lane_ * kCount]);
 #pragma unroll
-    for (int n = 0; n < kMost; ++n) {
-      const int head = warp_ + n * kFinishers;
-      if (head >= heads) continue;
-      if (item.splits == 1 || MergeSplits(item, first_head + head, &state[n])) {
-        StoreOutput(item, first_head + head, state[n]);
-      }
+      for (int j = 0; j < kCount; ++j) state.o.at[j] += w * part.at[j];
     }
+    return state;
   }
 
-  // Stores a split's state; the last of 16 neighbours merges them, and the last of those merges
-  // all. True for the warp that has the whole row's state in the end.
-  __device__ bool MergeSplits(const Item& item, int head, State* state) const {
-    const int first = item.split / kMergeSplits * kMergeSplits;
-    const int members = min(kMergeSplits, item.splits - first);
-    StorePartial(item, item.split, head, *state);
-    if (!LastToArrive(item, first, head, members)) return false;
-    *state = MergePartials(item, first, 1, members, head);
-    if (item.splits <= kMergeSplits) return true;
-    const int groups = (item.splits + kMergeSplits - 1) / kMergeSplits;
-    StorePartial(item, first, head, *state);
-    if (!LastToArrive(item, 1, head, groups)) return false;
-    *state = MergePartials(item, 0, kMergeSplits, groups, head);
-    return true;
-  }
-
-  __device__ int64_t Slot(const Item& item, int split) const {
-    return int64_t{item.begin} + int64_t{split} * args_.kv_heads + item.kv_head;
-  }
-  __device__ float* Partial(const Item& item, int split) const {
-    return args_.partials + Slot(item, split) * PartialFloats(args_.group, kHeadDim);
-  }
-
-  __device__ void StorePartial(const Item& item, int split, int head, const State& state) const {
-    float* const to = Partial(item, split);
+  __device__ void StorePartial(const Item& item, int head, const State& state) const {
+    float* const to = PartialOf(
+        args_, item.begin + int64_t{item.split} * args_.kv_heads + item.kv_head, kHeadDim);
     *reinterpret_cast<Floats<kCount>*>(to + head * kHeadDim + lane_ * kCount) = state.o;
     if (lane_ == 0) {
       reinterpret_cast<float2*>(to + args_.group * kHeadDim)[head] = {state.m, state.l};
     }
   }
 
-  // Counts this warp in among `members`; the counter is zero again after the last, which sees what
-  // the others stored.
-  __device__ bool LastToArrive(const Item& item, int split, int head, int members) const {
-    uint32_t before = 0;
+  // Tells the warps that combine this head that one more split is stored.
+  __device__ void CountIn(const Item& item, int head) const {
+    constexpr int kParts = kHeadDim / kPartDims;
+    const int64_t q_head = int64_t{item.list} * args_.num_heads + item.kv_head * args_.group + head;
     __syncwarp();
-    if (lane_ == 0) {
-      before = CountIn(args_.counters + 1 + Slot(item, split) * args_.group + head, members - 1);
-    }
-    return __shfl_sync(kDecodeLanes, before, 0) == static_cast<uint32_t>(members - 1);
-  }
-
-  // Of splits first, first + stride, ...
-  __device__ State MergePartials(const Item& item, int first, int stride, int count,
-                                 int head) const {
-    State state;
-    for (int begin = 0; begin < count; begin += kMergeSplits) {
-      const int members = min(kMergeSplits, count - begin);
-      const auto partial = [&](int i) { return Partial(item, first + (begin + i) * stride); };
-      float2 ml = {kNoMax, 0};
-      if (lane_ < members) {
-        ml =
-            __ldcg(reinterpret_cast<const float2*>(partial(lane_) + args_.group * kHeadDim) + head);
-      }
-      MergeStates<kMergeSplits>(
-          members, ml,
-          [&](int i) { return LoadFromL2<kCount>(partial(i) + head * kHeadDim + lane_ * kCount); },
-          &state);
-    }
-    return state;
+    if (lane_ < kParts) CountRelease(args_.counters + 1 + q_head * kParts + lane_);
   }
 
   __device__ void StoreOutput(const Item& item, int head, const State& state) const {
     const int64_t at =
         (int64_t{item.row} * args_.num_heads + item.kv_head * args_.group + head) * kHeadDim +
         lane_ * kCount;
-    const float scale = 1.0f / state.l;
+    const float scale = __fdividef(1.0f, state.l);
 #pragma unroll
     for (int j = 0; j < kCount; j += 2) {
       *reinterpret_cast<uint32_t*>(args_.out + at + j) =
@@ -217,6 +146,69 @@ class DecodeFinisher {
   const int warp_;
   const int lane_;
 };
+
+// Combines the splits of 32 dimensions of a head, in order, once they are all stored.
+template <int kHeadDim>
+__device__ __forceinline__ void CombineHead(const DecodeArgs& args, int list, int q_head,
+                                            int part) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int begin = __ldg(args.item_begin + list);
+  const int splits = (__ldg(args.item_begin + list + 1) - begin) / args.kv_heads;
+  if (splits <= 1) return;
+  const int head = q_head % args.group;
+  const float* from = PartialOf(args, begin + q_head / args.group, kHeadDim);
+  int64_t step = args.kv_heads * PartialFloats(args.group, kHeadDim);
+  uint32_t* const counter =
+      args.counters + 1 + (int64_t{list} * args.num_heads + q_head) * (kHeadDim / kPartDims) + part;
+  const int64_t row = args.rows[list].row;
+  while (LoadAcquire(counter) != static_cast<uint32_t>(splits)) __nanosleep(32);
+  __syncwarp();
+  if (lane == 0) *counter = 0;
+
+  float m = kNoMax, l = 0, o = 0;
+#pragma unroll 1
+  for (int first = 0; first < splits; first += kCombineBatch) {
+    float2 ml = {kNoMax, 0};
+    if (first + lane < splits) {
+      ml = __ldcg(reinterpret_cast<const float2*>(from + lane * step + args.group * kHeadDim) +
+                  head);
+    }
+    float x[kCombineBatch];
+    const float* at = from + head * kHeadDim + part * kPartDims + lane;
+    // Not known to be the same in every round, or its multiples would take all registers.
+    asm volatile("" : "+l"(step));
+#pragma unroll
+    for (int i = 0; i < kCombineBatch; ++i) {
+      x[i] = first + i < splits ? __ldcg(at) : 0.0f;
+      at += step;
+    }
+    const float new_m = fmaxf(m, WarpMax(ml.x));
+    const float before = Exp2(m - new_m);
+    const float weight = Exp2(ml.x - new_m);
+    m = new_m;
+    l = l * before + WarpSum(weight * ml.y);
+    o *= before;
+#pragma unroll
+    for (int i = 0; i < kCombineBatch; ++i) o += __shfl_sync(kDecodeLanes, weight, i) * x[i];
+    from += kCombineBatch * step;
+  }
+  args.out[(row * args.num_heads + q_head) * kHeadDim + part * kPartDims + lane] =
+      __float2bfloat16(__fdividef(o, l));
+}
+
+// All warps of the grid, when they have nothing else to do.
+template <int kHeadDim>
+__device__ __forceinline__ void CombineSplits(const DecodeArgs& args) {
+  constexpr int kParts = kHeadDim / kPartDims;
+  const int warps = static_cast<int>(blockDim.x / 32 * gridDim.x);
+  const int jobs = args.num_rows * args.num_heads * kParts;
+#pragma unroll 1
+  for (int job = static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x); job < jobs;
+       job += warps) {
+    const int head = job / kParts;
+    CombineHead<kHeadDim>(args, head / args.num_heads, head % args.num_heads, job % kParts);
+  }
+}
 
 }  // namespace resa::kernels::cuda
 

@@ -62,7 +62,9 @@ class DecodeRows {
       end = __ldg(args_.item_begin + r + 1);
     }
     begin = __shfl_sync(kDecodeLanes, begin, lane);
-    return Split(Row(r), begin, end, index);
+    DecodeWork work = Split(Row(r), begin, end, index);
+    work.item.list = r;
+    return work;
   }
 
  private:
@@ -122,6 +124,7 @@ struct DecodeBatch {
 
   __device__ bool Has(int lane) const { return first + lane < work.runs; }
   __device__ bool IsLast() const { return first + 32 >= work.runs; }
+  __device__ int Units() const { return (min(32, work.runs - first) + kRuns - 1) / kRuns; }
   __device__ void LoadId(int lane) {
     id = work.first_run + first + lane;
     if (work.ids != nullptr && Has(lane)) id = __ldcg(work.ids + first + lane);
@@ -137,7 +140,6 @@ class DecodeScout {
   using S = DecodeShared<kHeadDim, kHeadTiles, kRuns>;
   using Batch = DecodeBatch<kRuns>;
   static constexpr int kTokens = kPageTokens / kRuns;
-  static constexpr int kUnits = 32 / kRuns;  // Of a batch: 32, 16 or 8.
 
   __device__ DecodeScout(S& shared, const DecodeArgs& args, const DecodeRows<kRuns>& rows)
       : s_(shared), args_(args), rows_(rows), lane_(threadIdx.x % 32) {
@@ -145,28 +147,35 @@ class DecodeScout {
   }
 
   __device__ void Run() {
-    if (static_cast<int>(blockIdx.x) < rows_.total()) {
-      TakeNext();
-      Batch now;
-      now.work = rows_.Find(blockIdx.x);
-      now.LoadId(lane_);
-      now.LoadPage(lane_);
-      Batch next = After(now);
-      next.LoadId(lane_);
-      while (now.work.valid) {
+    Batch now, next;
+    bool started = false;
+    do {
+      // A batch's ids, its pages and its octets take a turn of the loop each; publishing waits for
+      // the consumers, and meanwhile the loads for the batches after it arrive.
+      if (now.work.valid) {
         if (now.first == 0) Announce(now.work.item);
-        const int units = min(kUnits, now.work.item.units - now.first / kRuns);
-        Publish(now, 0, units);
-        // The next batch's pages and the ids after them arrive while this one's are published,
-        // which waits for the consumers.
-        if (next.work.valid) next.LoadPage(lane_);
-        Batch later = After(next);
-        later.LoadId(lane_);
-        for (int unit = kConsumers; unit < units; unit += kConsumers) Publish(now, unit, units);
-        now = next;
-        next = later;
+        Publish(now, 0);
       }
-    }
+      if (next.work.valid && args_.ids != nullptr) next.LoadPage(lane_);
+      Batch later = After(next, started);
+      if (args_.ids == nullptr) {
+        later.LoadId(lane_);
+        later.LoadPage(lane_);
+      }
+      if (!started) {
+        // The ids and the queue are the business of the kernel before this one until it has ended.
+        WaitForPriorKernel();
+        __syncthreads();
+        started = true;
+        if (later.work.valid) TakeNext();
+      }
+      if (args_.ids != nullptr) later.LoadId(lane_);
+      if (now.work.valid) {
+        for (int unit = kConsumers; unit < now.Units(); unit += kConsumers) Publish(now, unit);
+      }
+      now = next;
+      next = later;
+    } while (now.work.valid || next.work.valid);
     Item end;
     end.units = -1;
     Announce(end);
@@ -186,17 +195,21 @@ class DecodeScout {
     if (lane_ == 0) taken_ = atomicInc(args_.counters, rows_.total() - 1);
   }
 
-  __device__ Batch After(const Batch& batch) {
+  // The batch after this one; with nothing started, the first.
+  __device__ Batch After(const Batch& batch, bool started) {
     Batch next;
-    if (!batch.work.valid) return next;
-    if (!batch.IsLast()) {
-      next.work = batch.work;
-      next.first = batch.first + 32;
-      return next;
+    int index = static_cast<int>(blockIdx.x);
+    if (started) {
+      if (!batch.work.valid) return next;
+      if (!batch.IsLast()) {
+        next.work = batch.work;
+        next.first = batch.first + 32;
+        return next;
+      }
+      index = first_items_ + static_cast<int>(__shfl_sync(kDecodeLanes, taken_, 0));
     }
-    const int index = first_items_ + static_cast<int>(__shfl_sync(kDecodeLanes, taken_, 0));
     if (index >= rows_.total()) return next;
-    TakeNext();
+    if (started) TakeNext();
     next.work = rows_.Find(index);
     return next;
   }
@@ -221,8 +234,8 @@ class DecodeScout {
     ++items_;
   }
 
-  // The octet that begins with `unit` of the batch, which has `units`.
-  __device__ void Publish(const Batch& batch, int unit, int units) {
+  // The octet that begins with `unit` of the batch.
+  __device__ void Publish(const Batch& batch, int unit) {
     const int slot = lane_ % kRuns;
     const int position = batch.id * kTokens;
     // How many of the run's tokens are attended to, and with its neighbours: which of the unit's.
@@ -248,7 +261,7 @@ class DecodeScout {
     if (lane_ == 0) {
       octet.end = false;
       octet.first = batch.first == 0 && unit == 0;
-      octet.last = batch.IsLast() && unit + kConsumers >= units;
+      octet.last = batch.IsLast() && unit + kConsumers >= batch.Units();
     }
     __syncwarp();
     if (lane_ == 0) BarrierArrive(&s_.octet_full[octet_ % kOctets]);

@@ -15,6 +15,7 @@ namespace resa::kernels::cuda {
 inline constexpr uint32_t kDecodeLanes = 0xffffffffu;
 inline constexpr int kConsumers = 8;     // Warps that compute; units of an octet.
 inline constexpr int kOctets = 16;       // Octets between the scout and the consumers.
+inline constexpr int kPartDims = 32;     // Of a head: what a warp combines, one a lane.
 inline constexpr float kNoMax = -1e30f;  // Below every score, and its differences are finite.
 
 struct DecodeArgs {
@@ -28,7 +29,7 @@ struct DecodeArgs {
   const int32_t* pages = nullptr;       // [S, page_stride]
   int64_t page_stride = 0;
   float* partials = nullptr;     // [items] of PartialFloats()
-  uint32_t* counters = nullptr;  // The queue, then [items][group]
+  uint32_t* counters = nullptr;  // The queue, then [num_rows][Hq][d / 32]: splits stored.
   int num_rows = 0;
   int num_heads = 0;
   int kv_heads = 0;
@@ -44,7 +45,8 @@ constexpr int64_t PartialFloats(int group, int head_dim) {
 
 // One split of one (row, KV head).
 struct Item {
-  int32_t row = 0;  // In the flat batch.
+  int32_t row = 0;   // In the flat batch.
+  int32_t list = 0;  // In the list of rows.
   int32_t kv_head = 0;
   int32_t split = 0;
   int32_t splits = 0;  // Of the row.
@@ -68,7 +70,7 @@ template <int kHeadDim, int kHeadTiles, int kRuns>
 struct alignas(1024) DecodeShared {
   // K and V of a unit take a slot each, in turn. Odd, so that K is asked for when K was used and V
   // when V was.
-  static constexpr int kSlots = kHeadDim == 128 ? 5 : 9;
+  static constexpr int kSlots = kHeadDim == 128 ? 3 : 5;
   static constexpr int kSlotBytes = kPageTokens * kHeadDim * 2;
   static constexpr int kAhead = kSlots / 2;  // Units that a consumer asks for before it waits.
   // Items between the scout and the finishers: more than a consumer may be ahead by.

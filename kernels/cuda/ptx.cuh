@@ -112,6 +112,11 @@ __device__ __forceinline__ void NamedBarrier(int id, int threads) {
 __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(policy)
+               : "memory");
+}
 __device__ __forceinline__ void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -151,15 +156,15 @@ __device__ __forceinline__ void CopyBox3(void* to, const CUtensorMap* map, int x
 
 // ---- counters in global memory ----------------------------------------------------------------
 
-// Adds one, or wraps to zero when the counter stands at `last`; returns what it was. What threads
-// that this one has synchronised with wrote before is seen by whoever counts in later.
-__device__ __forceinline__ uint32_t CountIn(uint32_t* counter, uint32_t last) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(last)
-               : "memory");
-  return before;
+// Adds one. What was written before, also by threads that this one has synchronised with, is seen
+// by whoever finds the count by LoadAcquire().
+__device__ __forceinline__ void CountRelease(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
 }
 
 // ---- programmatic launches --------------------------------------------------------------------

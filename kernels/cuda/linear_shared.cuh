@@ -18,15 +18,24 @@ namespace resa::kernels::cuda {
 struct Deal {
   int units, passes, cluster_size;
 
+  // What the arithmetic below can hold.
+  static constexpr bool Fits(int64_t units, int64_t parts) {
+    return units * parts <= int64_t{0xffffffff};
+  }
+
   // Of the part of this CTA's cluster.
   __device__ __forceinline__ int Begin(int pass) const { return Part(pass, 0); }
   __device__ __forceinline__ int End(int pass) const { return Part(pass, 1); }
 
  private:
+  // In 32 bits: a division of 64 takes a third of a microsecond, before the first copy.
   __device__ __forceinline__ int Part(int pass, int next) const {
-    const auto clusters = static_cast<int>(gridDim.x) / cluster_size;
-    const int index = pass * clusters + static_cast<int>(blockIdx.x) / cluster_size + next;
-    return static_cast<int>(int64_t{units} * index / (clusters * passes));
+    const uint32_t clusters = gridDim.x / static_cast<uint32_t>(cluster_size);
+    const uint32_t index = static_cast<uint32_t>(pass) * clusters +
+                           blockIdx.x / static_cast<uint32_t>(cluster_size) +
+                           static_cast<uint32_t>(next);
+    return static_cast<int>(static_cast<uint32_t>(units) * index /
+                            (clusters * static_cast<uint32_t>(passes)));
   }
 };
 

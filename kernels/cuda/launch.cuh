@@ -9,9 +9,9 @@
 // - every thread calls WaitForPrevious() before it touches memory that another kernel writes, or
 //   writes memory that another kernel reads; before that only weights may be read, and the step's
 //   lists, which were copied before any kernel of the step was launched;
-// - LetNextStart() may come any time, even before the wait. It lets the next kernel's CTAs take what
-//   room is left on the multiprocessors, and load weights, no more: their own wait is for this
-//   kernel's end and its writes.
+// - LetNextStart() may come any time, even before the wait. It lets the next kernel's CTAs take
+//   what room is left on the multiprocessors, and load weights, no more: their own wait is for
+//   this kernel's end and its writes.
 
 #include <cuda_runtime.h>
 

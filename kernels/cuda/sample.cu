@@ -17,8 +17,9 @@
 //
 // Bound: 4 V bytes per row, once, which for few rows is far less than the barriers' latency.
 // Measured at V = 151936, rows not in the L2, 1 / 32 rows: greedy 6.3 / 12.3 us, temperature alone
-// 11 / 19, top_p 20 / 34, top_k and top_p 30 / 49 (peaked logits; up to half as much again where
-// they are flat), 20 logprobs 20 / 39. 32 rows of greedy are 1.6 TB/s, 35 % of the reads' ceiling.
+// 11 / 19, top_p 20 / 34, top_k and top_p 30 / 49, 20 logprobs 20 / 39 (peaked logits; where they are
+// flat, filters and logprobs take 1.4 to 2.3 times as long). 32 rows of greedy are 1.6 TB/s, 35 % of
+// the reads' ceiling.
 
 #include <cooperative_groups.h>
 
@@ -37,7 +38,7 @@ namespace {
 namespace cg = cooperative_groups;
 using namespace sampling;  // NOLINT: the warp's half of this file.
 
-// Of 7, 36 clusters with two CTAs per multiprocessor are resident on an H200; of 8 only 30.
+// Of 8, only 30 clusters with two CTAs per multiprocessor fit an H200: 32 rows would be two waves.
 constexpr int kCluster = 7;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;

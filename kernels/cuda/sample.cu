@@ -17,9 +17,9 @@
 //
 // Bound: 4 V bytes per row, once, which for few rows is far less than the barriers' latency.
 // Measured at V = 151936, rows not in the L2, 1 / 32 rows: greedy 6.3 / 12.3 us, temperature alone
-// 11 / 19, top_p 20 / 34, top_k and top_p 30 / 49, 20 logprobs 20 / 39 (peaked logits; where they are
-// flat, filters and logprobs take 1.4 to 2.3 times as long). 32 rows of greedy are 1.6 TB/s, 35 % of
-// the reads' ceiling.
+// 11 / 19, top_p 20 / 34, top_k and top_p 30 / 49, 20 logprobs 20 / 39 (peaked logits; where they
+// are flat, filters and logprobs take 1.4 to 2.3 times as long). 32 rows of greedy are 1.6 TB/s, 35
+// % of the reads' ceiling.
 
 #include <cooperative_groups.h>
 

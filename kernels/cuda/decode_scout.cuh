@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/decode_shared.cuh"
+#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resa::kernels::cuda {
@@ -93,7 +94,9 @@ class DecodeRows {
     work.table = args_.pages + row.table * args_.page_stride;
     int row_runs = (row.position + kTokens) / kTokens;
     if (args_.ids != nullptr) row_runs = min(row_runs, row.keep_blocks);
-    const int split_runs = args_.split_tokens / kTokens;
+    const int split_tokens =
+        args_.split_tokens > 0 ? args_.split_tokens : DecodeSplitTokens(row_runs * kTokens);
+    const int split_runs = split_tokens / kTokens;
     work.first_run = work.item.split * split_runs;
     work.runs = max(0, min(split_runs, row_runs - work.first_run));
     work.item.units = (work.runs + kRuns - 1) / kRuns;

@@ -42,14 +42,24 @@ struct PageWrite {
   int32_t slots = 0;       // Rows written; slots [0, slot_begin + slots) are then valid.
 };
 
+// Tokens of a split of a row that attends to `tokens`: a rule that looks at the row alone, so that
+// its sums do not depend on the other rows. Few for a short row, whose splits spread over the
+// multiprocessors; many for a long one, where each partial result costs more than balance gains.
+constexpr int DecodeSplitTokens(int64_t tokens) {
+  if (tokens <= 1024) return 128;
+  if (tokens <= 2048) return 256;
+  if (tokens <= 32768) return 512;
+  if (tokens <= 65536) return 1024;
+  return tokens <= 131072 ? 2048 : 4096;
+}
+
 // The work of one attention op over single rows: item_begin[i] is the number of (split, KV head)
 // items of the rows before row i, so row i has item_begin[i + 1] - item_begin[i] of them:
-//   ceil(tokens attended / split_tokens) * num_kv_heads.
-// Splits are cut at fixed ranks of the id list (of the context, when all is attended), so that a
-// row's sums do not depend on the other rows.
+//   ceil(tokens attended / split tokens) * num_kv_heads.
+// Splits are cut at fixed ranks of the id list (of the context, when all is attended).
 struct DecodePlan {
   const int32_t* item_begin = nullptr;  // device [num_rows + 1]
-  int split_tokens = 0;
+  int split_tokens = 0;                 // A multiple of 16; 0: by DecodeSplitTokens of each row.
   int64_t items_capacity = 0;  // At least item_begin[num_rows], of any step that replays this one.
 };
 

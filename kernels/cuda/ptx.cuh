@@ -134,7 +134,6 @@ __device__ __forceinline__ void CopyBulk(void* to, const void* from, uint32_t by
       "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
       : "memory");
 }
-
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -143,15 +142,6 @@ __device__ __forceinline__ uint64_t EvictFirstPolicy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
-}
-// The box of a rank 3 map that begins at (x, y, z), to shared memory; `barrier` counts its bytes.
-__device__ __forceinline__ void CopyBox3(void* to, const CUtensorMap* map, int x, int y, int z,
-                                         uint64_t* barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(SharedAddress(barrier)), "l"(policy)
-      : "memory");
 }
 
 // ---- counters in global memory ----------------------------------------------------------------

@@ -5,22 +5,21 @@
 //   q [T, Hq * d] bf16; descriptors [page][Hk][2][d] bf16, pages through the page table;
 //   ids [row][KV head][keep] out.
 //
-// A cluster of CTAs has one (row, KV head), each CTA a contiguous range of its blocks. A warp reads
-// 8 descriptors at a time, each of them one contiguous run of 512 bytes (d = 128) that lies
-// anywhere: 16 bytes per lane, the lower bounds in the first half of the lanes. It asks for the
-// next 8 before it sums the products of these.
+// Every unit, a (row, KV head), gets a share of the device's warps by its number of blocks, and
+// each warp scores adjacent blocks of one unit without any other warp: rows of any lengths keep all
+// multiprocessors busy to the end. A warp reads 8 descriptors at a time, each of them one
+// contiguous run of 512 bytes (d = 128) that lies anywhere: 16 bytes per lane, the lower bounds in
+// the first half of the lanes. The keys of the scores go to global scratch, 32 at a time, and stay
+// in the L2; the CTA whose warp completes a unit takes them into its shared memory and ranks them.
+// (With a cluster per unit the keys would not have to leave the shared memories, but clusters of 4
+// and more leave some multiprocessors of each GPC empty.)
 //
-// The keys go straight to the shared memory of the cluster's first CTA, which ranks them alone
-// behind a single barrier of the cluster. Rows with more blocks than fit there are ranked by the
-// whole cluster, each CTA with its own keys in shared memory or, for the longest, in global
-// scratch.
+// A score depends on the block alone and ranking on the scores, so where the cuts are and who ranks
+// changes no result.
 //
 // Bound: the bytes of the descriptors at the device's read bandwidth, plus 4 us.
 
-#include <cooperative_groups.h>
-
 #include <algorithm>
-#include <array>
 
 #include "kernels/check.h"
 #include "kernels/cuda/context.h"
@@ -31,14 +30,13 @@
 namespace resa::kernels::cuda {
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxClusterSize = 16;
-constexpr int kLoads = 8;                  // Of 16 bytes that a lane has in flight.
-constexpr int kElementsPerLane = 8;        // 16 bytes.
-constexpr int kMaxSharedKeys = 24 * 1024;  // 96 KB, so that two CTAs share a multiprocessor.
+constexpr int kLoads = 8;            // Of 16 bytes that a lane has in flight.
+constexpr int kElementsPerLane = 8;  // 16 bytes.
+// For keys and the work list. The rest of the multiprocessor's 256 KB is the L1 that loads in
+// flight need: 200 KB here cost 5 % of the bandwidth.
+constexpr int64_t kSharedBytes = 136 << 10;
 
 struct MinMaxArgs {
   const uint16_t* q;
@@ -46,10 +44,24 @@ struct MinMaxArgs {
   PageTables tables;
   const std::byte* descriptors;
   int32_t* ids;
-  uint32_t* key_scratch;  // [row][KV head][stride], for what does not fit shared memory; or null.
+  uint32_t* keys;      // [unit][key_stride]
+  uint32_t* counters;  // [unit] parts scored; zero between launches.
+  int64_t key_stride;
+  int num_rows;
   int num_kv_heads;
   int group;
   int shared_keys;  // Capacity.
+};
+
+// How a warp's loads fall on blocks: a run of 4 d bytes takes kLanes lanes, so that a load reads
+// kPerLoad blocks, and a step of kLoads loads kBlocks of them. A round is the steps whose page ids
+// the lanes of a warp hold.
+template <int kHeadDim>
+struct Step {
+  static constexpr int kLanes = kHeadDim * 4 / 16;
+  static constexpr int kPerLoad = 32 / kLanes;
+  static constexpr int kBlocks = kLoads * kPerLoad;
+  static constexpr int kPerRound = 32 / kBlocks;
 };
 
 // The least and the greatest of some keys.
@@ -71,25 +83,12 @@ __device__ __forceinline__ KeySpan SpanOfWarp(const KeySpan& of_lane) {
           __reduce_max_sync(kAllLanes, of_lane.greatest)};
 }
 
-// At the same place in every CTA of the cluster; keys follow.
 struct MinMaxShared {
-  union {
-    TopKShared of_cluster;
-    TopKCtaShared of_cta;
-  } topk;
-  alignas(16) float mean[kMaxHeadDim];
-  KeySpan of_warp[kWarps];
-  KeySpan of_rank[kMaxClusterSize];  // In the first CTA, written by all.
-};
-
-// How a warp's loads fall on blocks: a run of 4 d bytes takes kLanes lanes, so that a load reads
-// kPerLoad blocks, and a step of kLoads loads kBlocks of them.
-template <int kHeadDim>
-struct Step {
-  static constexpr int kLanes = kHeadDim * 4 / 16;
-  static constexpr int kPerLoad = 32 / kLanes;
-  static constexpr int kBlocks = kLoads * kPerLoad;
-  static constexpr int kAhead = 32 / kBlocks;  // Steps whose page ids the lanes of a warp hold.
+  TopKCtaShared topk;
+  KeySpan span_of_warp[kWarps];
+  int32_t sum_of_warp[kWarps];
+  int32_t completed[kWarps];  // Units to rank.
+  int32_t num_completed;
 };
 
 __device__ __forceinline__ float Dot(const float (&q)[kElementsPerLane], const uint4& words) {
@@ -126,258 +125,332 @@ __device__ __forceinline__ float TransposedSum(float (&values)[kLoads]) {
   return sum;
 }
 
-// Reads the descriptors of a range of blocks, a warp every kWarps-th step of it.
+// The lane's part of the mean query: of q- in lanes that read lower bounds, of q+ in the others.
+// The warp reads a head's query at once and sums; then the lanes exchange what they have.
 template <int kHeadDim>
-class Reader {
- public:
-  using S = Step<kHeadDim>;
-
-  __device__ __forceinline__ Reader(const MinMaxArgs& args, const SparseRow& row, int kv_head,
-                                    const TopKRange& range)
-      : pages_(args.tables.pages + row.table * args.tables.stride + range.first),
-        vectors_(reinterpret_cast<const uint4*>(args.descriptors) + kv_head * S::kLanes +
-                 threadIdx.x % S::kLanes),
-        page_vectors_(static_cast<uint32_t>(args.num_kv_heads * S::kLanes)),
-        count_(range.count) {}
-
-  __device__ __forceinline__ int count() const { return count_; }
-  __device__ __forceinline__ int Steps() const { return (count_ + S::kBlocks - 1) / S::kBlocks; }
-  // Whether the warp has anything to read.
-  __device__ __forceinline__ bool HasStep() const {
-    return static_cast<int>(threadIdx.x) / 32 * S::kBlocks < count_;
+__device__ __forceinline__ void LoadSignedMean(const uint16_t* q, int group,
+                                               float (&part)[kElementsPerLane]) {
+  constexpr int kPairs = kHeadDim / 64;  // Of elements that a lane reads of a head.
+  constexpr int kBatch = 8 / kPairs;     // Heads whose loads are on their way together.
+  constexpr int kHalf = Step<kHeadDim>::kLanes / 2;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto* const pairs = reinterpret_cast<const uint32_t*>(q) + lane * kPairs;
+  float sums[2 * kPairs] = {};
+  for (int begin = 0; begin < group; begin += kBatch) {
+    uint32_t read[kBatch][kPairs];
+#pragma unroll
+    for (int g = 0; g < kBatch; ++g) {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        read[g][i] = begin + g < group ? pairs[(begin + g) * (kHeadDim / 2) + i] : 0;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kBatch; ++g) {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        sums[2 * i] += __uint_as_float(read[g][i] << 16);
+        sums[2 * i + 1] += __uint_as_float(read[g][i] & 0xffff0000u);
+      }
+    }
   }
-  // The page ids of `step` and of the warp's kAhead - 1 steps after it, a lane each. Past the end
-  // the last page is read again.
-  __device__ __forceinline__ int LoadPages(int step) const {
+  const float share = 1.0f / static_cast<float>(group);
+  const bool lower = lane % Step<kHeadDim>::kLanes < kHalf;
+#pragma unroll
+  for (int i = 0; i < kElementsPerLane; ++i) {
+    const int source = lane % kHalf * (kElementsPerLane / (2 * kPairs)) + i / (2 * kPairs);
+    const float x = __shfl_sync(kAllLanes, sums[i % (2 * kPairs)], source) * share;
+    part[i] = lower ? fminf(x, 0.0f) : fmaxf(x, 0.0f);
+  }
+}
+
+// Where a warp's descriptors are.
+template <int kHeadDim>
+struct Source {
+  const int32_t* pages;  // Of the sequence.
+  const uint4* vectors;  // The lane's part of the KV head's run in page 0.
+  uint32_t page_vectors;
+  int last_block;  // Of the warp's part.
+
+  // The pages of the 32 blocks from `block` on, a lane each. Past the end the last is read again.
+  __device__ __forceinline__ uint32_t LoadPages(int block) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int block = (step + lane / S::kBlocks * kWarps) * S::kBlocks + lane % S::kBlocks;
-    return pages_[min(block, count_ - 1)];
+    return static_cast<uint32_t>(pages[min(block + lane, last_block)]);
   }
-  // `at`: which of the steps whose pages are given.
-  __device__ __forceinline__ void Load(int pages, int at, uint4 (&words)[kLoads]) const {
+  // Step `at` of a round whose pages are given.
+  __device__ __forceinline__ void Load(uint32_t of_round, int at, uint4 (&words)[kLoads]) const {
+    using S = Step<kHeadDim>;
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int source = at * S::kBlocks + i * S::kPerLoad + lane / S::kLanes;
-      const auto page = static_cast<uint32_t>(__shfl_sync(kAllLanes, pages, source));
-      words[i] = __ldcs(vectors_ + static_cast<uint64_t>(page) * page_vectors_);
+      const uint32_t page =
+          __shfl_sync(kAllLanes, of_round, at * S::kBlocks + i * S::kPerLoad + lane / S::kLanes);
+      words[i] = __ldcs(vectors + static_cast<uint64_t>(page) * page_vectors);
     }
   }
-
- private:
-  const int32_t* pages_;
-  const uint4* vectors_;
-  uint32_t page_vectors_;
-  int count_;
 };
 
-// The unit's mean query and the descriptors of the warp's first step, all asked for before either
-// is waited for. `pages` are of the warp's first steps; the mean is there after a barrier.
+// Scores the blocks from `begin` to the source's last one, forced ones like any other, and stores
+// their keys to keys[block]. A warp's work; `of_round` are the pages of the first round.
 template <int kHeadDim>
-__device__ __forceinline__ void LoadFirst(const Reader<kHeadDim>& reader, int pages,
-                                          const uint16_t* q, int group, float* mean,
-                                          uint4 (&words)[kLoads]) {
-  const auto j = static_cast<int>(threadIdx.x);
-  if (j < kHeadDim) {
-    float values[kMaxGroup];
-#pragma unroll
-    for (int g = 0; g < kMaxGroup; ++g) {
-      values[g] = g < group ? __uint_as_float(uint32_t{q[g * kHeadDim + j]} << 16) : 0.0f;
-    }
-    if (reader.HasStep()) reader.Load(pages, 0, words);
-    float sum = 0;
-#pragma unroll
-    for (int g = 0; g < kMaxGroup; ++g) sum += values[g];
-    mean[j] = sum * (1.0f / static_cast<float>(group));
-  } else if (reader.HasStep()) {
-    reader.Load(pages, 0, words);
-  }
-}
-
-// Scores the reader's blocks, forced ones like any other, and stores their keys; the span is of
-// those that the lane has stored. `pages` are of the warp's first steps, words those of the first.
-template <int kHeadDim>
-__device__ __forceinline__ KeySpan ScoreRange(const Reader<kHeadDim>& reader, int pages,
-                                              uint4 (&words)[kLoads], const float* mean,
-                                              uint32_t* keys) {
+__device__ __forceinline__ void ScoreBlocks(const Source<kHeadDim>& source, int begin,
+                                            uint32_t of_round, const uint16_t* query, int group,
+                                            uint32_t* keys) {
   using S = Step<kHeadDim>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  // The lane's part of the query: of q- in lanes that read lower bounds, of q+ in the others.
+  uint4 words[kLoads];
+  source.Load(of_round, 0, words);
   float q[kElementsPerLane];
-  const bool lower = lane % S::kLanes < S::kLanes / 2;
-#pragma unroll
-  for (int i = 0; i < kElementsPerLane; ++i) {
-    const float x = mean[lane % (S::kLanes / 2) * kElementsPerLane + i];
-    q[i] = lower ? fminf(x, 0.0f) : fmaxf(x, 0.0f);
-  }
-  // After TransposedSum: which block of the step the lane's sum is of, if it is the first lane that
-  // has it.
-  constexpr int kLanesPerSum = S::kLanes / kLoads;
-  const int of_step = lane % S::kLanes / kLanesPerSum * S::kPerLoad + lane / S::kLanes;
-  const bool stores = lane % kLanesPerSum == 0;
-
-  KeySpan span = NoKeys();
-  const int steps = reader.Steps();
-  int step = static_cast<int>(threadIdx.x) / 32;
-  if (step >= steps) return span;
-  int pages_ahead = reader.LoadPages(step + S::kAhead * kWarps);
-  for (int at = 0;;) {
+  LoadSignedMean<kHeadDim>(query, group, q);
+  // Of the step whose keys the lane takes, which lane has its key after TransposedSum.
+  const int of_step = lane % S::kBlocks;
+  const int has_key =
+      of_step % S::kPerLoad * S::kLanes + of_step / S::kPerLoad * (S::kLanes / kLoads);
+  uint32_t of_next = source.LoadPages(begin + 32);
+  uint32_t key = 0;  // Of block lane of the round.
+  int at = 0;
+#pragma unroll 1
+  for (int block = begin; block <= source.last_block;) {
     float sums[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) sums[i] = Dot(q, words[i]);
-    const uint32_t key = TopKKey(TransposedSum<S::kLanes>(sums));
-    const int block = step * S::kBlocks + of_step;
-    step += kWarps;
-    if (++at == S::kAhead) {
+    const uint32_t of_sum = TopKKey(TransposedSum<S::kLanes>(sums));
+    const uint32_t moved = __shfl_sync(kAllLanes, of_sum, has_key);
+    if (lane / S::kBlocks == at) key = moved;
+    const int round = block - at * S::kBlocks;
+    block += S::kBlocks;
+    if (++at == S::kPerRound) {
       at = 0;
-      pages = pages_ahead;
-      pages_ahead = reader.LoadPages(step + S::kAhead * kWarps);
+      of_round = of_next;
+      of_next = source.LoadPages(block + 32);
     }
-    if (step < steps) reader.Load(pages, at, words);
-    if (stores && block < reader.count()) {
-      span.Add(key);
-      keys[block] = key;
+    const bool more = block <= source.last_block;
+    if (more) source.Load(of_round, at, words);
+    if ((at == 0 || !more) && round + lane < block && round + lane <= source.last_block) {
+      keys[round + lane] = key;
     }
-    if (step >= steps) return span;
   }
 }
 
-// Copies the CTA's keys to where the first CTA of the cluster ranks them, `of_first` for those of
-// all blocks, with the forced ones made so.
-__device__ __forceinline__ void SendKeys(const uint32_t* keys, const TopKRange& range,
-                                         const TopKBudget& budget, uint32_t* of_first) {
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < range.count; i += kThreads * 4) {
-    uint4 four = *reinterpret_cast<const uint4*>(keys + i);
-    const int id = range.first + i;
-    if (budget.Forces(id)) four.x = kTopKForcedKey;
-    if (budget.Forces(id + 1)) four.y = kTopKForcedKey;
-    if (budget.Forces(id + 2)) four.z = kTopKForcedKey;
-    if (budget.Forces(id + 3)) four.w = kTopKForcedKey;
-    *reinterpret_cast<uint4*>(of_first + id) = four;
+// The work of the launch: every unit is cut into parts, one for a warp each, in the order (row, KV
+// head, part).
+struct WorkList {
+  const int32_t* row_begin;  // [num_rows + 1] Parts of the rows before; in shared memory.
+  int num_rows;
+  int num_kv_heads;
+
+  __device__ __forceinline__ int total() const { return row_begin[num_rows]; }
+  // Of each of the row's units; 0 when scores decide nothing.
+  __device__ __forceinline__ int UnitParts(int row) const {
+    return (row_begin[row + 1] - row_begin[row]) / num_kv_heads;
   }
-}
+  __device__ __forceinline__ int RowOf(int part) const {
+    int low = 0, high = num_rows;  // row_begin[low] <= part < row_begin[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (row_begin[middle] <= part ? low : high) = middle;
+    }
+    return low;
+  }
+};
 
-// Not inlined: the registers of its many loads are then not those of the scoring loop.
-__device__ __noinline__ void RankInCluster(TopKShared& shared, const uint32_t* keys,
-                                           TopKRange range, TopKBudget budget, int32_t* ids) {
-  const auto key_at = [keys](int i) { return keys[i]; };
-  const TopKCut cut = FindTopKCut<kThreads, true>(shared, key_at, range, budget);
-  WriteTopKIds<kThreads>(shared, key_at, range, budget, cut, ids + cut.Offset());
-  FinishTopK<true>();
-}
-
-template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) SelectMinMaxKernel(const MinMaxArgs args) {
-  __shared__ MinMaxShared shared;
-  extern __shared__ __align__(16) uint32_t shared_keys[];
-  const auto cluster = cg::this_cluster();
-  const int size = static_cast<int>(cluster.num_blocks());
-  const int rank = static_cast<int>(cluster.block_rank());
-  const int unit = static_cast<int>(blockIdx.x) / size;
-  const int kv_head = unit % args.num_kv_heads;
+// The sum over the CTA's threads and, in *before, over those of lower index. Has a barrier inside,
+// and needs one after.
+__device__ __forceinline__ int SumOfThreads(int value, int32_t (&of_warps)[kWarps], int* before) {
   const auto thread = static_cast<int>(threadIdx.x);
-  // No kernel writes the list of rows and the page tables, so they may be read while the kernel
-  // before this one still runs.
-  const SparseRow row = args.rows[unit / args.num_kv_heads];
-  const TopKBudget budget = TopKBudgetOf(row, kPageTokens);
-  int32_t* const ids = args.ids + row.ids_begin + static_cast<int64_t>(kv_head) * row.keep_blocks;
-  if (!budget.ScoresDecide()) {
-    WaitForPrevious();
-    for (int i = rank * kThreads + thread; i < budget.keep; i += size * kThreads) {
+  const int lane = thread % 32;
+  int inclusive = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += other;
+  }
+  if (lane == 31) of_warps[thread / 32] = inclusive;
+  __syncthreads();
+  const int of_warp = lane < kWarps ? of_warps[lane] : 0;
+  *before = inclusive - value + __reduce_add_sync(kAllLanes, lane < thread / 32 ? of_warp : 0);
+  return __reduce_add_sync(kAllLanes, of_warp);
+}
+
+// Fills row_begin. A unit gets its share of all warps, but at least one, and at most one per step.
+template <int kStepBlocks>
+__device__ __forceinline__ void MakeWorkList(const MinMaxArgs& args, int32_t (&of_warps)[kWarps],
+                                             int32_t* row_begin) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto unit_steps = [&](int row) {
+    if (row >= args.num_rows) return 0;
+    const TopKBudget budget = TopKBudgetOf(args.rows[row], kPageTokens);
+    return budget.ScoresDecide() ? (budget.blocks + kStepBlocks - 1) / kStepBlocks : 0;
+  };
+  int before = 0;
+  int steps = 0;
+  for (int row = thread; row < args.num_rows; row += kThreads) steps += unit_steps(row);
+  const int total = SumOfThreads(steps, of_warps, &before) * args.num_kv_heads;
+  const float share = static_cast<float>(gridDim.x * kWarps) / static_cast<float>(max(total, 1));
+  int done = 0;
+  if (thread == 0) row_begin[0] = 0;
+  for (int base = 0; base < args.num_rows; base += kThreads) {
+    steps = unit_steps(base + thread);
+    const int parts = min(steps, max(1, static_cast<int>(static_cast<float>(steps) * share)));
+    __syncthreads();
+    const int sum = SumOfThreads(parts * args.num_kv_heads, of_warps, &before);
+    if (base + thread < args.num_rows) {
+      row_begin[base + thread + 1] = done + before + parts * args.num_kv_heads;
+    }
+    done += sum;
+  }
+  __syncthreads();
+}
+
+// The ids of units whose scores decide nothing.
+__device__ __forceinline__ void WriteUnscored(const MinMaxArgs& args, const WorkList& work) {
+  const int units = args.num_rows * args.num_kv_heads;
+  for (auto unit = static_cast<int>(blockIdx.x); unit < units;
+       unit += static_cast<int>(gridDim.x)) {
+    const int row_at = unit / args.num_kv_heads;
+    if (work.UnitParts(row_at) != 0) continue;
+    const SparseRow& row = args.rows[row_at];
+    const TopKBudget budget = TopKBudgetOf(row, kPageTokens);
+    int32_t* const ids =
+        args.ids + row.ids_begin + static_cast<int64_t>(unit % args.num_kv_heads) * row.keep_blocks;
+    for (auto i = static_cast<int>(threadIdx.x); i < budget.keep; i += kThreads) {
       ids[i] = budget.UnscoredId(i);
     }
-    return;
   }
-  cluster.barrier_arrive();
-  constexpr int kStepBlocks = Step<kHeadDim>::kBlocks;
-  const int per_cta =
-      ((budget.blocks + kStepBlocks - 1) / kStepBlocks + size - 1) / size * kStepBlocks;
-  TopKRange range;
-  range.first = min(budget.blocks, rank * per_cta);
-  range.count = min(budget.blocks - range.first, per_cta);
-  const bool ranked_by_one = budget.blocks <= args.shared_keys;
-  uint32_t* keys = shared_keys;
-  if (ranked_by_one) {
-    keys += range.first;
-  } else if (per_cta > args.shared_keys) {
-    keys = args.key_scratch + unit * args.tables.stride + range.first;
-  }
-  const Reader<kHeadDim> reader(args, row, kv_head, range);
-  const int pages = reader.LoadPages(thread / 32);
-  ClearTopK<kThreads>(shared.topk.of_cta);
-  WaitForPrevious();
+}
 
+// Scores one part and, if that was the last of its unit, adds the unit to the completed ones. A
+// warp's work.
+template <int kHeadDim>
+__device__ __forceinline__ void ScorePart(const MinMaxArgs& args, const WorkList& work, int part,
+                                          MinMaxShared& shared) {
+  using S = Step<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row_at = work.RowOf(part);
+  const int parts = work.UnitParts(row_at);
+  const int in_row = part - work.row_begin[row_at];
+  const int kv_head = in_row / parts;
+  const int in_unit = in_row - kv_head * parts;
+  const int unit = row_at * args.num_kv_heads + kv_head;
+  const SparseRow& row = args.rows[row_at];
+  const int blocks = (row.position + kPageTokens) / kPageTokens;
+  const int steps = (blocks + S::kBlocks - 1) / S::kBlocks;
+  const int begin = steps * in_unit / parts * S::kBlocks;
+  const int end = min(blocks, steps * (in_unit + 1) / parts * S::kBlocks);
+  const Source<kHeadDim> source = {
+      args.tables.pages + row.table * args.tables.stride,
+      reinterpret_cast<const uint4*>(args.descriptors) + kv_head * S::kLanes + lane % S::kLanes,
+      static_cast<uint32_t>(args.num_kv_heads * S::kLanes), end - 1};
+  const uint32_t of_round = source.LoadPages(begin);
   const int64_t head = (static_cast<int64_t>(row.row) * args.num_kv_heads + kv_head) * args.group;
-  uint4 words[kLoads];
-  LoadFirst(reader, pages, args.q + head * kHeadDim, args.group, shared.mean, words);
-  __syncthreads();
-  KeySpan span = SpanOfWarp(ScoreRange(reader, pages, words, shared.mean, keys));
-  if (thread % 32 == 0) shared.of_warp[thread / 32] = span;
-  LetNextStart();
-  cluster.barrier_wait();  // All CTAs have started: their shared memory may be written.
-  if (!ranked_by_one) {
-    RankInCluster(shared.topk.of_cluster, keys, range, budget, ids);
-    return;
-  }
-  __syncthreads();
-  SendKeys(keys, range, budget, cluster.map_shared_rank(shared_keys, 0));
-  if (thread < 32) {
-    span = SpanOfWarp(thread < kWarps ? shared.of_warp[thread] : NoKeys());
-    if (thread == 0) *cluster.map_shared_rank(&shared.of_rank[rank], 0) = span;
-  }
-  cluster.sync();
-  if (rank != 0) return;
-  span = SpanOfWarp(thread % 32 < size ? shared.of_rank[thread % 32] : NoKeys());
-  SelectTopKInCta<kThreads>(shared.topk.of_cta, shared_keys, budget, span.least, span.greatest,
-                            ids);
+  // No kernel writes the list of rows and the page tables, so what is above may be read while the
+  // kernel before this one still runs.
+  WaitForPrevious();
+  ScoreBlocks(source, begin, of_round, args.q + head * kHeadDim, args.group,
+              args.keys + unit * args.key_stride);
+  __syncwarp();
+  if (lane != 0) return;
+  __threadfence();
+  if (static_cast<int>(atomicAdd(args.counters + unit, 1u)) + 1 != parts) return;
+  __threadfence();
+  args.counters[unit] = 0;
+  shared.completed[atomicAdd(&shared.num_completed, 1)] = unit;
 }
 
-// The most CTAs to a cluster with which all units run at once.
-template <int kHeadDim>
-int ClusterSize(int64_t units) {
-  static const std::array<int, 5> active = [] {  // By log2 of the size.
-    const auto kernel = SelectMinMaxKernel<kHeadDim>;
-    constexpr size_t kBytes = kMaxSharedKeys * sizeof(uint32_t);
-    RESA_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    RESA_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    std::array<int, 5> clusters = {};
-    for (size_t i = 0; i < clusters.size(); ++i) {
-      cudaLaunchAttribute attribute = {};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = 1u << i;
-      attribute.val.clusterDim.y = 1;
-      attribute.val.clusterDim.z = 1;
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(1u << i);
-      config.blockDim = dim3(kThreads);
-      config.dynamicSmemBytes = kBytes;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      RESA_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters[i], kernel, &config));
+// Makes the keys of forced blocks so, and takes all keys to shared memory if they fit there:
+// returns where they are. The lane's span is of the others.
+__device__ __forceinline__ uint32_t* FetchKeys(uint32_t* keys, const TopKBudget& budget,
+                                               uint32_t* shared_keys, int capacity, KeySpan* span) {
+  uint32_t* const to = budget.blocks <= capacity ? shared_keys : keys;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < budget.blocks; i += kThreads * 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
+    uint32_t of_four[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (budget.Forces(i + j)) {
+        of_four[j] = kTopKForcedKey;
+      } else {
+        span->Add(of_four[j]);
+      }
     }
-    return clusters;
-  }();
-  for (size_t i = active.size() - 1; i > 0; --i) {
-    if (units <= active[i]) return 1 << i;
+    *reinterpret_cast<uint4*>(to + i) = make_uint4(of_four[0], of_four[1], of_four[2], of_four[3]);
   }
-  return 1;
+  return to;
+}
+
+__device__ __forceinline__ void RankUnit(const MinMaxArgs& args, int unit, MinMaxShared& shared,
+                                         uint32_t* shared_keys) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const SparseRow& row = args.rows[unit / args.num_kv_heads];
+  const TopKBudget budget = TopKBudgetOf(row, kPageTokens);
+  KeySpan span = NoKeys();
+  const uint32_t* const keys =
+      FetchKeys(args.keys + unit * args.key_stride, budget, shared_keys, args.shared_keys, &span);
+  span = SpanOfWarp(span);
+  if (thread % 32 == 0) shared.span_of_warp[thread / 32] = span;
+  __syncthreads();
+  span = SpanOfWarp(thread % 32 < kWarps ? shared.span_of_warp[thread % 32] : NoKeys());
+  int32_t* const ids =
+      args.ids + row.ids_begin + static_cast<int64_t>(unit % args.num_kv_heads) * row.keep_blocks;
+  SelectTopKInCta<kThreads>(shared.topk, keys, budget, span.least, span.greatest, ids);
 }
 
 template <int kHeadDim>
-void Launch(Context& context, MinMaxArgs args, int64_t num_rows) {
-  const int64_t units = num_rows * args.num_kv_heads;
-  const int size = ClusterSize<kHeadDim>(units);
-  const int64_t most_blocks = (args.tables.stride + 15) / 16 * 16;
-  args.shared_keys = static_cast<int>(std::min<int64_t>(most_blocks, kMaxSharedKeys));
-  if (most_blocks > int64_t{kMaxSharedKeys} * size) {
-    const size_t bytes = static_cast<size_t>(units * args.tables.stride) * sizeof(uint32_t);
-    args.key_scratch = reinterpret_cast<uint32_t*>(context.select.Reserve(bytes));
+__global__ void __launch_bounds__(kThreads, 1) SelectMinMaxKernel(const MinMaxArgs args) {
+  __shared__ MinMaxShared shared;
+  extern __shared__ __align__(16) uint32_t shared_keys[];
+  auto* const row_begin = reinterpret_cast<int32_t*>(shared_keys + args.shared_keys);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) shared.num_completed = 0;
+  ClearTopK<kThreads>(shared.topk);
+  MakeWorkList<Step<kHeadDim>::kBlocks>(args, shared.sum_of_warp, row_begin);
+  const WorkList work = {row_begin, args.num_rows, args.num_kv_heads};
+  const int total = work.total();
+  const auto ctas = static_cast<int>(gridDim.x);
+  // Few parts are spread over all CTAs.
+  const int per_cta = min(kWarps, (total + ctas - 1) / ctas);
+  for (int base = static_cast<int>(blockIdx.x) * per_cta; base < total; base += ctas * per_cta) {
+    if (warp < per_cta && base + warp < total) {
+      ScorePart<kHeadDim>(args, work, base + warp, shared);
+    }
+    __syncthreads();
+    if (base + ctas * per_cta >= total) LetNextStart();
+    const int num_completed = shared.num_completed;
+    for (int i = 0; i < num_completed; ++i) {
+      RankUnit(args, shared.completed[i], shared, shared_keys);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared.num_completed = 0;
+    __syncthreads();
   }
-  LaunchOverlapped(context.stream, SelectMinMaxKernel<kHeadDim>,
-                   dim3(static_cast<unsigned>(units * size)), dim3(kThreads),
-                   static_cast<size_t>(args.shared_keys) * sizeof(uint32_t), size, args);
+  WaitForPrevious();
+  WriteUnscored(args, work);
+}
+
+template <int kHeadDim>
+void Launch(Context& context, MinMaxArgs args) {
+  const auto kernel = SelectMinMaxKernel<kHeadDim>;
+  static const bool configured = [&] {
+    RESA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(kSharedBytes)));
+    return true;
+  }();
+  static_cast<void>(configured);
+  const int64_t units = int64_t{args.num_rows} * args.num_kv_heads;
+  const int64_t row_bytes = (int64_t{args.num_rows} + 1) * static_cast<int64_t>(sizeof(int32_t));
+  RESA_CHECK(row_bytes <= kSharedBytes / 2) << "SelectMinMax: " << args.num_rows << " rows";
+  args.key_stride = (args.tables.stride + 31) / 32 * 32;
+  const int64_t room =
+      (kSharedBytes - row_bytes) / static_cast<int64_t>(sizeof(uint32_t)) / 32 * 32;
+  args.shared_keys = static_cast<int>(std::min(args.key_stride, room));
+  args.keys = reinterpret_cast<uint32_t*>(
+      context.select.Reserve(static_cast<size_t>(units * args.key_stride) * sizeof(uint32_t)));
+  args.counters = context.select_counters.Reserve(static_cast<size_t>(units), context.stream);
+  const int64_t shared_bytes =
+      args.shared_keys * static_cast<int64_t>(sizeof(uint32_t)) + row_bytes;
+  LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(context.device.sms)),
+                   dim3(kThreads), static_cast<size_t>(shared_bytes), 1, args);
 }
 
 }  // namespace
@@ -390,13 +463,14 @@ void SelectMinMax(Context& context, const SelectParams& params) {
   args.tables = params.tables;
   args.descriptors = params.kv.descriptors;
   args.ids = params.ids;
+  args.num_rows = static_cast<int>(params.num_rows);
   args.num_kv_heads = params.layout.num_kv_heads;
   args.group = params.num_heads / params.layout.num_kv_heads;
   switch (params.layout.head_dim) {
     case 64:
-      return Launch<64>(context, args, params.num_rows);
+      return Launch<64>(context, args);
     case 128:
-      return Launch<128>(context, args, params.num_rows);
+      return Launch<128>(context, args);
     default:
       RESA_CHECK(false) << "SelectMinMax: head size " << params.layout.head_dim;
   }

@@ -87,21 +87,22 @@ struct TopKCut {
   int above_before;  // Keys above the bound in CTAs of lower rank.
   int ties_before;   // Keys equal to it there.
 
-  __device__ __forceinline__ bool Above(uint32_t key) const { return (key & mask) > bound; }
-  __device__ __forceinline__ bool Ties(uint32_t key) const { return (key & mask) == bound; }
-
   // How many ids CTAs of lower rank keep: this one's begin there in the list.
   __device__ __forceinline__ int Offset() const { return above_before + min(ties_before, ties); }
   // How many of this CTA's ties may be kept.
   __device__ __forceinline__ int TiesLeft() const { return max(0, ties - ties_before); }
 };
 
+// What the warps of a CTA have counted, for WriteTurn: twice, so that one barrier per turn is
+// enough.
+using TopKWarpCounts = uint32_t[2][32];
+
 // At the same place in every CTA of the cluster.
 struct TopKShared {
   alignas(16) uint32_t histogram[4][kTopKBins];  // Of this CTA's keys, per digit; others read it.
   alignas(16) uint32_t total[kTopKBins];         // One digit's counts over the whole cluster,
   alignas(16) uint32_t before[kTopKBins];        // and over the CTAs of lower rank.
-  uint32_t warp_counts[2][32];
+  TopKWarpCounts warp_counts;
 };
 
 // A digit found by TopKScanDigit, with the counts it was found from.
@@ -255,64 +256,41 @@ __device__ __forceinline__ void FinishTopK() {
   }
 }
 
-// Writes the ids of a range's keys above the cut, and of the `ties_kept` lowest among those equal
-// to it, to out[0 ...], ascending, and returns how many they are. A warp has a contiguous part: it
-// votes on 32 keys at a time, a lane keeps the votes of one such row, and when the counts of all
-// warps and lanes are summed each lane writes its row's ids. Called by all threads.
-template <int kThreads, typename KeyAt, typename Cut>
-__device__ __forceinline__ int WriteIdsOfCut(uint32_t (&warp_counts)[2][32], const KeyAt& key_at,
-                                             const TopKRange& range, const Cut& cut, int ties_kept,
-                                             int32_t* out) {
+// Writes ids of which each thread has some, those of lower threads being lower: bit i of above and
+// of ties stands for id first + i; of the ties only the first `ties_kept` of all turns are written.
+// above_done and ties_done are counts of earlier turns. Called by all threads; a barrier is inside.
+template <int kThreads>
+__device__ __forceinline__ void WriteTurn(uint32_t (&warp_counts)[32], uint32_t above,
+                                          uint32_t ties, int first, int ties_kept, int* above_done,
+                                          int* ties_done, int32_t* out) {
   constexpr int kWarps = kThreads / 32;
-  constexpr int kTurn = kThreads * 32;  // Keys between two barriers: a row for each thread.
-  static_assert(kWarps <= 32 && kTurn < 1 << 16);
+  static_assert(kWarps <= 32 && kThreads * 32 < 1 << 16);  // Both counts fit.
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  int above_done = 0, ties_done = 0;
-  for (int base = 0, turn = 0; base < range.count; base += kTurn, turn ^= 1) {
-    const int end = min(range.count, base + kTurn);
-    const int rows = ((end - base + 31) / 32 + kWarps - 1) / kWarps;
-    const int begin = base + warp * rows * 32;
-    uint32_t above = 0, ties = 0;  // Of row `lane`.
-#pragma unroll 4
-    for (int row = 0; row < rows; ++row) {
-      const int i = begin + row * 32 + lane;
-      const uint32_t key = i < end ? key_at(i) : 0;
-      const uint32_t row_above = __ballot_sync(kAllLanes, i < end && cut.Above(key));
-      const uint32_t row_ties = __ballot_sync(kAllLanes, i < end && cut.Ties(key));
-      if (row == lane) {
-        above = row_above;
-        ties = row_ties;
-      }
-    }
-    // Both counts in one word.
-    const auto counts = static_cast<uint32_t>(__popc(above) | __popc(ties) << 16);
-    uint32_t inclusive = counts;
+  // Both counts in one word.
+  const auto counts = static_cast<uint32_t>(__popc(above) | __popc(ties) << 16);
+  uint32_t inclusive = counts;
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
-      if (lane >= step) inclusive += other;
-    }
-    if (lane == 31) warp_counts[turn][warp] = inclusive;
-    __syncthreads();
-    const uint32_t of_warp = lane < kWarps ? warp_counts[turn][lane] : 0;
-    const uint32_t total = __reduce_add_sync(kAllLanes, of_warp);
-    const uint32_t before =
-        __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0) + inclusive - counts;
-    const int ties_before = ties_done + static_cast<int>(before >> 16);
-    int32_t* to =
-        out + above_done + static_cast<int>(before & 0xffff) + min(ties_before, ties_kept);
-    for (int excess = ties_before + __popc(ties) - ties_kept; excess > 0 && ties != 0; --excess) {
-      ties ^= 0x80000000u >> __clz(static_cast<int>(ties));
-    }
-    const int first = range.first + begin + lane * 32;
-    for (uint32_t kept = above | ties; kept != 0; kept &= kept - 1) {
-      *to++ = first + __ffs(static_cast<int>(kept)) - 1;
-    }
-    above_done += static_cast<int>(total & 0xffff);
-    ties_done += static_cast<int>(total >> 16);
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += other;
   }
-  return above_done + min(ties_done, ties_kept);
+  if (lane == 31) warp_counts[warp] = inclusive;
+  __syncthreads();
+  const uint32_t of_warp = lane < kWarps ? warp_counts[lane] : 0;
+  const uint32_t total = __reduce_add_sync(kAllLanes, of_warp);
+  const uint32_t before =
+      __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0) + inclusive - counts;
+  const int ties_before = *ties_done + static_cast<int>(before >> 16);
+  int32_t* to = out + *above_done + static_cast<int>(before & 0xffff) + min(ties_before, ties_kept);
+  for (int excess = ties_before + __popc(ties) - ties_kept; excess > 0 && ties != 0; --excess) {
+    ties ^= 0x80000000u >> __clz(static_cast<int>(ties));
+  }
+  for (uint32_t kept = above | ties; kept != 0; kept &= kept - 1) {
+    *to++ = first + __ffs(static_cast<int>(kept)) - 1;
+  }
+  *above_done += static_cast<int>(total & 0xffff);
+  *ties_done += static_cast<int>(total >> 16);
 }
 
 // Writes the ids that the CTA keeps of its range to out[0 ...], ascending, and returns how many
@@ -320,9 +298,33 @@ __device__ __forceinline__ int WriteIdsOfCut(uint32_t (&warp_counts)[2][32], con
 template <int kThreads, typename KeyAt>
 __device__ int WriteTopKIds(TopKShared& shared, const KeyAt& key_at, const TopKRange& range,
                             const TopKBudget& budget, const TopKCut& cut, int32_t* out) {
-  return WriteIdsOfCut<kThreads>(
-      shared.warp_counts, [&](int i) { return TopKKeyOf(key_at, range, budget, i); }, range, cut,
-      cut.TiesLeft(), out);
+  constexpr int kWarps = kThreads / 32;
+  constexpr int kTurn = kThreads * 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  int above_done = 0, ties_done = 0;
+  for (int base = 0, turn = 0; base < range.count; base += kTurn, turn ^= 1) {
+    // A warp has adjacent rows of 32 keys, votes on a row at a time, and a lane keeps one row's
+    // votes.
+    const int end = min(range.count, base + kTurn);
+    const int rows = ((end - base + 31) / 32 + kWarps - 1) / kWarps;
+    const int begin = base + warp * rows * 32;
+    uint32_t above = 0, ties = 0;
+#pragma unroll 4
+    for (int row = 0; row < rows; ++row) {
+      const int i = begin + row * 32 + lane;
+      const uint32_t key = i < end ? TopKKeyOf(key_at, range, budget, i) & cut.mask : 0;
+      const uint32_t row_above = __ballot_sync(kAllLanes, i < end && key > cut.bound);
+      const uint32_t row_ties = __ballot_sync(kAllLanes, i < end && key == cut.bound);
+      if (row == lane) {
+        above = row_above;
+        ties = row_ties;
+      }
+    }
+    WriteTurn<kThreads>(shared.warp_counts[turn], above, ties, range.first + begin + lane * 32,
+                        cut.TiesLeft(), &above_done, &ties_done, out);
+  }
+  return above_done + min(ties_done, cut.TiesLeft());
 }
 
 // ---- in one CTA ---------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ inline constexpr int kTopKWideBits = 11;
 
 struct TopKCtaShared {
   alignas(16) uint32_t histogram[kTopKWideBins];  // Zero between passes.
-  uint32_t warp_counts[2][32];
+  TopKWarpCounts warp_counts;
   uint32_t warp_sum[32];
   uint32_t bin;  // Found by one thread, for all.
   uint32_t above;
@@ -398,9 +400,6 @@ struct TopKInterval {
   uint32_t low;
   uint32_t high;
   uint32_t ties;
-
-  __device__ __forceinline__ bool Above(uint32_t key) const { return key > high; }
-  __device__ __forceinline__ bool Ties(uint32_t key) const { return key >= low && key <= high; }
 };
 
 // low and high as given hold the `ties`-th largest key and all keys but those that are kept anyway;
@@ -420,7 +419,7 @@ __device__ __forceinline__ TopKInterval FindTopKInterval(TopKCtaShared& shared,
                                    four.w - cut.low};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (offsets[j] <= width && i + j < count) {
+        if (offsets[j] <= width) {
           atomicAdd(&shared.histogram[offsets[j] >> shift], 1u);
         }
       }
@@ -436,6 +435,37 @@ __device__ __forceinline__ TopKInterval FindTopKInterval(TopKCtaShared& shared,
   return cut;
 }
 
+// Which of a thread's adjacent keys are kept: the given number (1 .. 8) of vectors from `begin` on,
+// bit i for key begin + i. Lanes start at different ones of their vectors, which spreads them over
+// the banks.
+__device__ __forceinline__ void ClassifyKeys(const uint32_t* keys, int count,
+                                             const TopKInterval& cut, int begin, int vectors,
+                                             uint32_t* above, uint32_t* ties) {
+  uint32_t over = 0, reached = 0;
+  int vector = static_cast<int>(threadIdx.x) % vectors;
+#pragma unroll 4
+  for (int i = 0; i < vectors; ++i) {
+    const int at = begin + vector * 4;
+    if (at < count) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + at);
+      const uint32_t of_four[4] = {four.x, four.y, four.z, four.w};
+      uint32_t vector_over = 0, vector_reached = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        vector_over |= of_four[j] > cut.high ? 1u << j : 0;
+        vector_reached |= of_four[j] >= cut.low ? 1u << j : 0;
+      }
+      over |= vector_over << (vector * 4);
+      reached |= vector_reached << (vector * 4);
+    }
+    vector = vector + 1 == vectors ? 0 : vector + 1;
+  }
+  const int valid = max(0, count - begin);
+  const uint32_t in_range = valid < 32 ? (1u << valid) - 1 : ~0u;
+  *above = over & in_range;
+  *ties = reached & ~over & in_range;
+}
+
 // Writes the ids of the budget's kept blocks to ids[0, budget.keep). keys[0, budget.blocks) are in
 // shared memory, 16-byte aligned and a whole number of 16 bytes, kTopKForcedKey at the forced
 // blocks; all other keys are in [least, greatest]. REQUIRES budget.ScoresDecide(), ClearTopK, and
@@ -447,9 +477,16 @@ __device__ void SelectTopKInCta(TopKCtaShared& shared, const uint32_t* keys,
   const auto wanted = static_cast<uint32_t>(budget.keep - budget.sink - budget.local);
   const TopKInterval cut =
       FindTopKInterval<kThreads>(shared, keys, budget.blocks, {least, greatest, wanted});
-  WriteIdsOfCut<kThreads>(
-      shared.warp_counts, [keys](int i) { return keys[i]; }, TopKRange{0, budget.blocks}, cut,
-      static_cast<int>(cut.ties), ids);
+  constexpr int kTurn = kThreads * 32;
+  int above_done = 0, ties_done = 0;
+  for (int base = 0, turn = 0; base < budget.blocks; base += kTurn, turn ^= 1) {
+    const int vectors = (min(budget.blocks - base, kTurn) + kThreads * 4 - 1) / (kThreads * 4);
+    const int begin = base + static_cast<int>(threadIdx.x) * vectors * 4;
+    uint32_t above, ties;
+    ClassifyKeys(keys, budget.blocks, cut, begin, vectors, &above, &ties);
+    WriteTurn<kThreads>(shared.warp_counts[turn], above, ties, begin, static_cast<int>(cut.ties),
+                        &above_done, &ties_done, ids);
+  }
 }
 
 }  // namespace resa::kernels::cuda

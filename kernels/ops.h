@@ -66,7 +66,8 @@ class Ops {
   virtual bool SupportsKvDtype(DType dtype) const = 0;
 
   // Measures what this backend can do at best, with all its threads, in about half a second. The
-  // CPU needs twice the size of its last-level cache in memory meanwhile, 128 to 512 MiB.
+  // CPU needs twice the size of its last-level cache in memory meanwhile, 128 to 512 MiB; a GPU
+  // 384 MiB of its own.
   virtual Ceilings MeasureCeilings() = 0;
 
   // Bytes that Allocate and ImportWeights can still give from the device's own memory. Nothing

@@ -88,17 +88,12 @@ struct Context {
   Scratch cublas_workspace;
   std::shared_ptr<CublasPlans> cublas_plans;
 
-  Scratch linear;  // Partial sums of products.
-  ZeroedScratch linear_counters;
   Scratch decode_partials;
   ZeroedScratch decode_counters;
   Scratch chunk_partials;
-  ZeroedScratch chunk_counters;
   std::shared_ptr<ChunkPlanner> chunk_planner;  // ChunkAttend's, made when first used.
   Scratch select;
   ZeroedScratch select_counters;
-  Scratch sample;
-  ZeroedScratch sample_counters;
 };
 
 }  // namespace resa::kernels::cuda

@@ -370,19 +370,13 @@ class CudaOps : public Ops {
 
   // A recording holds addresses; when memory it used has moved, it is worthless.
   void DropStaleGraphs() {
-    const std::array<int, 13> generations = {step_.generation(),
-                                             results_.generation,
-                                             context_.cublas_workspace.generation(),
-                                             context_.linear.generation(),
-                                             context_.linear_counters.generation(),
-                                             context_.decode_partials.generation(),
-                                             context_.decode_counters.generation(),
-                                             context_.chunk_partials.generation(),
-                                             context_.chunk_counters.generation(),
-                                             context_.select.generation(),
-                                             context_.select_counters.generation(),
-                                             context_.sample.generation(),
-                                             context_.sample_counters.generation()};
+    const std::array<int, 7> generations = {step_.generation(),
+                                            results_.generation,
+                                            context_.cublas_workspace.generation(),
+                                            context_.decode_partials.generation(),
+                                            context_.decode_counters.generation(),
+                                            context_.select.generation(),
+                                            context_.select_counters.generation()};
     if (generations == generations_) return;
     generations_ = generations;
     for (Graph& graph : graphs_) Destroy(&graph);
@@ -403,7 +397,7 @@ class CudaOps : public Ops {
   bool in_step_ = false;
   bool replaying_ = false;
   std::list<Graph> graphs_;
-  std::array<int, 13> generations_ = {};
+  std::array<int, 7> generations_ = {};
 };
 
 // Empty when the device can be used.

@@ -70,7 +70,7 @@ template <int kHeadDim, int kHeadTiles, int kRuns>
 struct alignas(1024) DecodeShared {
   // K and V of a unit take a slot each, in turn. Odd, so that K is asked for when K was used and V
   // when V was.
-  static constexpr int kSlots = kHeadDim == 128 ? 3 : 5;
+  static constexpr int kSlots = kHeadDim == 128 ? 5 : 9;
   static constexpr int kSlotBytes = kPageTokens * kHeadDim * 2;
   static constexpr int kAhead = kSlots / 2;  // Units that a consumer asks for before it waits.
   // Items between the scout and the finishers: more than a consumer may be ahead by.

@@ -17,8 +17,9 @@
 // relative to a base that the row's own tokens at fixed places give, chunks are cut at fixed
 // places, and totals over chunks are sums of integers.
 //
-// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us. Measured: 45 % of it
-// at 8 x 256K with two planes (28 heads on 4), 41 % with 32 on 8; LOG.md says what holds it back.
+// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us. Measured: 45 % of
+// it at 8 x 256K with two planes (28 heads on 4), 41 % with 32 on 8; LOG.md says what holds it
+// back.
 
 #include <algorithm>
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/cublas_library.h"
 #include "kernels/cuda/kernels.h"
 
 namespace resa::kernels::cuda {
@@ -15,13 +16,6 @@ namespace {
 
 // Selection and sparse attention of short contexts, half of both together (kernel_bench --device).
 constexpr double kOpSeconds = 6e-6;
-
-#define RESA_CUBLAS_CHECK(call)                                   \
-  do {                                                            \
-    const cublasStatus_t resa_status = (call);                    \
-    RESA_CHECK(resa_status == CUBLAS_STATUS_SUCCESS)              \
-        << #call << ": " << cublasLtGetStatusString(resa_status); \
-  } while (0)
 
 constexpr int64_t kSide = 8192;                             // Of the square matrices.
 constexpr size_t kMatrixBytes = size_t{kSide} * kSide * 2;  // bf16

@@ -8,9 +8,20 @@
 // cublas_library.cc defines those functions of cublasLt.h that the kernels use; each forwards to
 // the library. REQUIRES OpenCublas() before the first.
 
+#include <cublasLt.h>
+
 #include <string>
 
+#include "kernels/check.h"
+
 namespace resa::kernels::cuda {
+
+#define RESA_CUBLAS_CHECK(call)                                   \
+  do {                                                            \
+    const cublasStatus_t resa_status = (call);                    \
+    RESA_CHECK(resa_status == CUBLAS_STATUS_SUCCESS)              \
+        << #call << ": " << cublasLtGetStatusString(resa_status); \
+  } while (0)
 
 // Empty, or why the library cannot be used and what to do. Opens it once.
 std::string OpenCublas();

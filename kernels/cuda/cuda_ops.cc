@@ -103,7 +103,7 @@ class CudaOps : public Ops {
     context_.device = device;
     context_.deterministic = options.deterministic;
     RESA_CUDA_CHECK(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking));
-    RESA_CHECK(cublasLtCreate(&context_.cublas) == CUBLAS_STATUS_SUCCESS) << "cublasLtCreate";
+    RESA_CUBLAS_CHECK(cublasLtCreate(&context_.cublas));
     context_.cublas_workspace.Reserve(kCublasWorkspaceBytes);
   }
   ~CudaOps() override {

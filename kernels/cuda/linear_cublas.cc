@@ -14,6 +14,7 @@
 #include <memory>
 #include <tuple>
 
+#include "kernels/cuda/cublas_library.h"
 #include "kernels/cuda/linear.h"
 
 namespace resa::kernels::cuda {
@@ -21,13 +22,6 @@ namespace {
 
 constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 constexpr uint32_t kAlignment = 16;
-
-#define RESA_CUBLAS_CHECK(call)                                   \
-  do {                                                            \
-    const cublasStatus_t resa_status = (call);                    \
-    RESA_CHECK(resa_status == CUBLAS_STATUS_SUCCESS)              \
-        << #call << ": " << cublasLtGetStatusString(resa_status); \
-  } while (0)
 
 struct ProductKey {
   int64_t in, out, rows;  // rows: the bucket's.

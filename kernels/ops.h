@@ -97,8 +97,8 @@ class Ops {
   void CopyPages(const CopyPagesParams& params);
   void Sample(const SampleParams& params);
 
-  // Runs one step: `issue` calls its ops. What a step of the same owner and counts ran before may be
-  // replayed from a recording of the device; `issue` is called all the same, for its checks and
+  // Runs one step: `issue` calls its ops. What a step of the same owner and counts ran before may
+  // be replayed from a recording of the device; `issue` is called all the same, for its checks and
   // counters. So it must call the same ops on the same memory whenever owner and counts of `lists`
   // are the same, and look at no result. When RunStep returns, `lists.results` are there, and
   // without samples the step may still run. Page copies go before.

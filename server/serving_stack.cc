@@ -120,11 +120,6 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
   const kernels::KvLayout page =
       engine::LayoutFor(loaded_.config, config.pool.selector, config.pool.kv_dtype, 1);
   if (config.pool.bytes.has_value()) return PoolPagesFor(page, *config.pool.bytes);
-  const std::optional<int64_t> device_memory = ops_->DeviceMemoryFree();
-  int64_t available = device_memory.value_or(0);
-  if (!device_memory.has_value()) {
-    RESA_ASSIGN_OR_RETURN(available, MemoryAvailable());
-  }
   const engine::BatchLimits batch = BatchLimitsFor(config, engine::PagesFor(max_context));
   PoolDemand demand;
   demand.max_context = max_context;
@@ -132,10 +127,14 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
   demand.activation_bytes = static_cast<int64_t>(engine::ActivationMemory::BytesNeeded(
       loaded_.config, batch, engine::RaggedBatch::MaxBlockIds(batch, page),
       ops_->activation_dtype()));
-  if (device_memory.has_value()) {
+  int64_t available = 0;
+  if (const std::optional<int64_t> device_memory = ops_->DeviceMemoryFree()) {
+    available = *device_memory;
     demand.share = kDevicePoolShare;
     demand.weight_bytes =
         static_cast<int64_t>(loaded_.weights.mapped_bytes + loaded_.weights.converted_bytes);
+  } else {
+    RESA_ASSIGN_OR_RETURN(available, MemoryAvailable());
   }
   return DefaultPoolPages(page, demand, available);
 }

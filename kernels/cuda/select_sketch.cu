@@ -17,9 +17,7 @@
 // relative to a base that the row's own tokens at fixed places give, chunks are cut at fixed
 // places, and totals over chunks are sums of integers.
 //
-// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us. Measured: 45 % of
-// it at 8 x 256K with two planes (28 heads on 4), 41 % with 32 on 8; LOG.md says what holds it
-// back.
+// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us.
 
 #include <algorithm>
 
@@ -28,7 +26,6 @@
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/select_sketch_scan.cuh"
-#include "kernels/cuda/select_sketch_score.cuh"
 #include "kernels/cuda/select_team.cuh"
 #include "kernels/cuda/select_topk.cuh"
 
@@ -50,7 +47,8 @@ struct SketchArgs {
   int32_t* survivor_scratch;   // [row][KV head][2][survivor_stride]
   int64_t scratch_bytes;
   int64_t survivor_stride;
-  int shared_bytes;  // For masses and keys.
+  int mass_bytes;  // Of shared memory, for masses;
+  int tail_bytes;  // and for the rings, then RankShared and the keys.
   int num_rows;
   int fixed_team;  // 0: teams by the lengths of the rows. Else the places of each team in the grid,
   int team_chunks;  // of which a row takes one per so many chunks.
@@ -63,10 +61,45 @@ struct SketchArgs {
   float refine_share[2];
 };
 
-// Scores of the CTA's blocks, as keys.
-__device__ __forceinline__ void FoldMasses(const MassMemory& memory, int blocks, int group,
-                                           const float* weights) {
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < blocks; i += kThreads * 4) {
+// The part of the work that a CTA has.
+struct TeamPlace {
+  SparseRow row;
+  int index;  // Of the row; -1: none.
+  int kv_head;
+  int rank;
+  int size;
+};
+
+// At the beginning of shared memory. The tail follows, and then masses.
+struct SketchShared {
+  TeamPlace place;
+  alignas(16) SketchScanShared scan;
+};
+static_assert(sizeof(SketchShared) % 16 == 0);
+
+// At the beginning of the tail, when the rings are no longer used. The keys follow.
+struct RankShared {
+  TeamShared team;
+  TopKWarpCounts warp_counts;
+};
+static_assert(sizeof(RankShared) % 16 == 0);
+
+// The base of a head whose largest estimate is this: any whole number when none counts.
+__device__ __forceinline__ float BaseFor(float largest, float headroom) {
+  return largest > -1e30f ? ceilf(largest) + headroom : 0.0f;
+}
+
+// The float of a TopKKey.
+__device__ __forceinline__ float FloatOfKey(uint32_t key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
+}
+
+// Scores of the CTA's blocks, as keys, and which bins they are in.
+__device__ __forceinline__ void FoldMasses(const MassMemory& memory, const TopKRange& range,
+                                           const TopKBudget& budget, int group,
+                                           const TeamBins& bins, const float* weights,
+                                           TeamShared& shared) {
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < range.count; i += kThreads * 4) {
     float score[4] = {};
 #pragma unroll 4
     for (int h = 0; h < group; ++h) {
@@ -83,9 +116,15 @@ __device__ __forceinline__ void FoldMasses(const MassMemory& memory, int blocks,
         score[j] = fmaf(fabsf(__uint_as_float(packed[j] << 7)), weight, score[j]);
       }
     }
-    *reinterpret_cast<uint4*>(memory.keys + i) =
-        make_uint4(__float_as_uint(score[0]), __float_as_uint(score[1]), __float_as_uint(score[2]),
-                   __float_as_uint(score[3]));
+    uint32_t keys[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      keys[j] = __float_as_uint(score[j]);
+      if (i + j < range.count && !budget.Forces(range.first + i + j)) {
+        bins.Count(shared, keys[j]);
+      }
+    }
+    *reinterpret_cast<uint4*>(memory.keys + i) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
   }
 }
 
@@ -101,14 +140,18 @@ __device__ __forceinline__ int RefineCount(const SketchArgs& args, const TopKBud
 template <int kDim, int kHeads, int kLastPlanes>
 struct SketchUnit {
   const SketchArgs& args;
-  SketchShared& shared;
-  std::byte* memory;  // Shared, of args.shared_bytes.
+  SketchScanShared& shared;
+  std::byte* tail;  // Of shared memory, of args.tail_bytes; masses follow.
   SparseRow row;
   TopKBudget budget;
   int unit;
   int kv_head;
   Team team;
 
+  __device__ __forceinline__ RankShared& Rank() const {
+    return *reinterpret_cast<RankShared*>(tail);
+  }
+  __device__ __forceinline__ std::byte* KeysAt() const { return tail + sizeof(RankShared); }
   __device__ __forceinline__ int32_t* List(int planes) const {
     return args.survivor_scratch +
            (static_cast<int64_t>(unit) * 2 + planes % 2) * args.survivor_stride;
@@ -160,33 +203,104 @@ struct SketchUnit {
     team.counters->saturated = 0;
   }
 
-  // Scores the source's chunks [begin, end) of this CTA, and leaves shared.weight.
+  __device__ __forceinline__ void PrepareQueries() {
+    const int64_t first_head =
+        (static_cast<int64_t>(row.row) * args.num_kv_heads + kv_head) * args.group;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int h = static_cast<int>(threadIdx.x) / 32; h < SketchColumns<kHeads>::kGroup;
+         h += kWarps) {
+      if (h < args.group) {
+        PrepareSketchQuery<kDim>(args.q + (first_head + h) * kDim, h, &shared.queries);
+      } else {
+        for (int j = lane; j < kDim; j += 32) shared.queries.rounded[h][j] = 0;
+        shared.queries.octaves[h] = 0;
+      }
+    }
+  }
+
+  // shared.base of all heads, given shared.warp_largest; that of the whole team where `exact`.
+  __device__ __forceinline__ void FindBases(bool exact) {
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    const bool has_head = thread < SketchColumns<kHeads>::kGroup;
+    float largest = -INFINITY;
+    if (has_head) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.warp_largest[w][thread]);
+    }
+    if (exact && team.size > 1) {
+      if (has_head) atomicMax(&team.counters->largest[thread], TopKKey(largest));
+      team.Meet();
+      if (has_head) largest = FloatOfKey(__ldcg(&team.counters->largest[thread]));
+    }
+    if (has_head) shared.base[thread] = BaseFor(largest, exact ? 2.0f : kHeadroomOctaves);
+    if (thread < kMaxGroup) shared.totals[thread] = Total();
+    if (thread == 0) shared.saturated = 0;
+    __syncthreads();
+  }
+
+  // Scores the source's chunks [begin, end) of this CTA, and leaves shared.weight. Masses are
+  // relative to the largest estimate of one step per warp, at places spread over the row; where
+  // that falls far short, once more relative to the largest of all.
   template <int kPlanes, bool kList>
   __device__ __forceinline__ void Score(const SketchSource& source, int begin, int end,
-                                        const MassMemory& masses) {
+                                        const MassMemory& masses, bool prepare_queries) {
     const int thread = static_cast<int>(threadIdx.x);
-    const float ratio = args.ratio[kPlanes];
+    const int warp = thread / 32;
+    ChunkStream<kDim, kPlanes, kList> stream(source, begin, end, tail);
+    const auto sample =
+        static_cast<int>((source.tokens - 1) / kStepTokens * int64_t{warp} / (kWarps - 1));
+    const int sample_chunk = sample / kChunkSteps;
+    const uint32_t sample_places = stream.reader.Places(sample_chunk);
+    stream.FindPlaces();
+    stream.CopyOne(sample_places, sample % kChunkSteps);
+    if (prepare_queries) PrepareQueries();
+    __syncthreads();
+    SketchOperand<kDim, kHeads> operand;
+    operand.Load(shared.queries);
+    LaneHeads<kHeads> heads;
+    heads.Load(shared.queries, nullptr, args.group, args.ratio[kPlanes]);
+    {
+      SketchSums<kHeads> sums;
+      uint4 scales;
+      stream.ReadOne(operand, &sums, &scales);
+      stream.Start();
+      LargestEstimates<kHeads> largest;
+      largest.AddStep(sums, scales, sample % kChunkSteps,
+                      source.tokens - sample_chunk * kChunkTokens, heads);
+      largest.Store(shared.warp_largest[warp]);
+    }
+    FindBases(false);
 #pragma unroll 1
     for (bool exact = false;; exact = true) {
-      FindBases<kDim, kHeads, kPlanes, kList>(team, source, begin, end, exact, args.group, ratio,
-                                              shared);
-      if (thread < kMaxGroup) shared.totals[thread] = Total();
-      if (thread == 0) shared.saturated = 0;
-      __syncthreads();
-      SketchOperand<kDim, kHeads> operand;
-      operand.Load(shared.queries);
-      LaneHeads<kHeads> heads;
-      heads.Load(shared.queries, shared.base, args.group, ratio);
-      ScoreChunks<kDim, kHeads, kPlanes, kList>(source, begin, end, args.group, operand, heads,
-                                                masses, shared);
+      heads.Load(shared.queries, shared.base, args.group, args.ratio[kPlanes]);
+      ScoreChunks(stream, args.group, operand, heads, masses, shared);
       if (!MeetWithTotals() || exact) break;
       team.Meet();
       ClearTotals();
+      LargestEstimates<kHeads> largest;
+#pragma unroll 1
+      for (int chunk = begin + warp; chunk < end; chunk += kWarps) {
+        const uint32_t places = stream.reader.Places(chunk);
+#pragma unroll 1
+        for (int j = 0; j < kChunkSteps; ++j) {
+          stream.CopyOne(places, j);
+          SketchSums<kHeads> sums;
+          uint4 scales;
+          stream.ReadOne(operand, &sums, &scales);
+          largest.AddStep(sums, scales, j, source.tokens - chunk * kChunkTokens, heads);
+        }
+      }
+      largest.Store(shared.warp_largest[warp]);
+      FindBases(true);
+      stream.FindPlaces();
+      stream.Start();
     }
     if (thread < args.group) {
       const double value = shared.totals[thread].Value();
       shared.weight[thread] = value > 0 ? static_cast<float>(1.0 / value) : 0.0f;
     }
+    TeamBins::Clear<kThreads>(Rank().team);
     __syncthreads();
   }
 
@@ -200,18 +314,19 @@ struct SketchUnit {
     const int first_block = min(source.blocks, begin * chunk_blocks);
     const TopKRange range = {first_block, min(source.blocks, end * chunk_blocks) - first_block};
     const int most = per_cta * chunk_blocks;
-    const bool fits = MassMemory::BytesFor(most, args.group) <= args.shared_bytes;
+    const bool fits = MassMemory::MassBytesFor(most, args.group) <= args.mass_bytes &&
+                      KeysAt() + MassMemory::KeyBytesFor(most) <= tail + args.tail_bytes;
     std::byte* const scratch = args.mass_scratch + blockIdx.x * args.scratch_bytes;
-    const MassMemory masses = MassMemory::At(fits ? memory : scratch, most, args.group);
+    const MassMemory masses(fits ? KeysAt() : scratch,
+                            fits ? tail + args.tail_bytes : scratch + MassMemory::KeyBytesFor(most),
+                            most, args.group);
 
     if (kPlanes == 1 || first) {
-      Score<kPlanes, false>(source, begin, end, masses);
+      Score<kPlanes, false>(source, begin, end, masses, first);
     } else {
-      Score<kPlanes, true>(source, begin, end, masses);
+      Score<kPlanes, true>(source, begin, end, masses, false);
     }
-    FoldMasses(masses, range.count, args.group, shared.weight);
-    __syncthreads();
-
+    const TeamBins bins(static_cast<float>(args.group) / static_cast<float>(source.blocks));
     TopKBudget pass = budget;
     pass.blocks = source.blocks;
     int32_t* out = args.ids + row.ids_begin + static_cast<int64_t>(kv_head) * row.keep_blocks;
@@ -219,12 +334,13 @@ struct SketchUnit {
       pass.keep = RefineCount(args, budget, kPlanes + 1);
       out = List(kPlanes + 1);
     }
-    const float mean = static_cast<float>(args.group) / static_cast<float>(source.blocks);
-    const TopKCut cut = FindTeamCut<kThreads>(team, shared.team, masses.keys, range, pass, mean);
+    FoldMasses(masses, range, pass, args.group, bins, shared.weight, Rank().team);
+    __syncthreads();
+    const TopKCut cut = FindTeamCut<kThreads>(team, Rank().team, masses.keys, range, pass, bins);
     ClearTotals();
     out += cut.Offset();
     const auto key_at = [&](int i) { return masses.keys[i]; };
-    const int kept = WriteTopKIds<kThreads>(shared.topk, key_at, range, pass, cut, out);
+    const int kept = WriteTopKIds<kThreads>(Rank().warp_counts, key_at, range, pass, cut, out);
     if (!first) {
       __syncthreads();
       for (int i = static_cast<int>(threadIdx.x); i < kept; i += kThreads) {
@@ -325,7 +441,6 @@ __global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchAr
       FindFixedPlace(args, &shared.place);
     }
   }
-  if (thread < kMaxGroup) shared.base[thread] = 0;
   __syncthreads();
   const TeamPlace place = shared.place;
   if (place.index < 0) return;
@@ -337,25 +452,13 @@ __global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchAr
     return;
   }
 
-  const int64_t first_head =
-      (static_cast<int64_t>(place.row.row) * args.num_kv_heads + place.kv_head) * args.group;
-  for (int h = thread / 32; h < SketchColumns<kHeads>::kGroup; h += kWarps) {
-    if (h < args.group) {
-      PrepareSketchQuery<kDim>(args.q + (first_head + h) * kDim, h, &shared.queries);
-    } else {
-      for (int j = thread % 32; j < kDim; j += 32) shared.queries.rounded[h][j] = 0;
-      shared.queries.octaves[h] = 0;
-    }
-  }
-  __syncthreads();
-
   const int unit = place.index * args.num_kv_heads + place.kv_head;
   const bool alone = place.size == 1;
   const Team team = {place.rank, place.size, alone ? nullptr : args.counters + unit,
                      alone ? nullptr : args.candidates + blockIdx.x - place.rank, 0};
-  auto* const memory = reinterpret_cast<std::byte*>(dynamic) + sizeof(SketchShared);
-  SketchUnit<kDim, kHeads, kLastPlanes> work = {args,   shared, memory,        place.row,
-                                                budget, unit,   place.kv_head, team};
+  auto* const tail = reinterpret_cast<std::byte*>(dynamic) + sizeof(SketchShared);
+  SketchUnit<kDim, kHeads, kLastPlanes> work = {args,   shared.scan, tail,          place.row,
+                                                budget, unit,        place.kv_head, team};
   int first = kLeastPlanes;
   if constexpr (kLeastPlanes < kLastPlanes) {
     while (first < kLastPlanes && RefineCount(args, budget, first + 1) == budget.blocks) ++first;
@@ -373,6 +476,29 @@ __global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchAr
 // ---- launcher ---------------------------------------------------------------------------------
 
 constexpr int kMaxFixedTeam = 16;
+
+// How shared memory is divided.
+struct SketchMemory {
+  int64_t available;  // For the tail and masses.
+  int group;
+  int64_t ring_bytes;
+  int64_t most_blocks;  // That fit.
+
+  SketchMemory(size_t shared_bytes, int group_size, int64_t rings)
+      : available(static_cast<int64_t>(shared_bytes - sizeof(SketchShared))),
+        group(group_size),
+        ring_bytes(rings),
+        most_blocks(0) {
+    while (TailBytes(most_blocks + 64) + MassMemory::MassBytesFor(most_blocks + 64, group) <=
+           available) {
+      most_blocks += 64;
+    }
+  }
+  int64_t TailBytes(int64_t blocks) const {
+    const auto rank_bytes = static_cast<int64_t>(sizeof(RankShared));
+    return std::max(ring_bytes, rank_bytes + MassMemory::KeyBytesFor(blocks));
+  }
+};
 
 // The grid, and the chunks that a CTA gets at the most.
 struct SketchGrid {
@@ -402,8 +528,6 @@ SketchGrid PlanGrid(int64_t units, int64_t row_chunks, int64_t chunks_that_fit, 
 template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
 void Launch(Context& context, SketchArgs args) {
   const auto kernel = SelectSketchKernel<kDim, kHeads, kLeastPlanes, kLastPlanes>;
-  const auto available =
-      static_cast<int64_t>(context.device.shared_bytes_per_block - sizeof(SketchShared));
   static const bool configured = [&] {
     RESA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          static_cast<int>(context.device.shared_bytes_per_block)));
@@ -414,11 +538,20 @@ void Launch(Context& context, SketchArgs args) {
   const int64_t units = int64_t{args.num_rows} * args.num_kv_heads;
   const int64_t row_chunks = (args.tables.stride * kPageTokens + kChunkTokens - 1) / kChunkTokens;
   const int64_t chunk_blocks = kChunkTokens / args.block_tokens;
-  const int64_t chunks_that_fit = (available / (4 + 3 * args.group) - 4) / 64 * 64 / chunk_blocks;
-  const SketchGrid grid = PlanGrid(units, row_chunks, chunks_that_fit, context.device.sms, &args);
-  const int64_t most_bytes = MassMemory::BytesFor(grid.most_chunks * chunk_blocks, args.group);
-  args.shared_bytes = static_cast<int>(std::min(available, most_bytes));
-  args.scratch_bytes = most_bytes <= available ? 0 : (most_bytes + 255) / 256 * 256;
+  const SketchMemory memory(context.device.shared_bytes_per_block, args.group,
+                            kWarps * SketchRing<kDim>::kBytes);
+  const SketchGrid grid =
+      PlanGrid(units, row_chunks, memory.most_blocks / chunk_blocks, context.device.sms, &args);
+  const int64_t blocks = grid.most_chunks * chunk_blocks;
+  const int64_t shared_blocks = std::min(blocks, memory.most_blocks);
+  args.mass_bytes = static_cast<int>(MassMemory::MassBytesFor(shared_blocks, args.group));
+  args.tail_bytes = static_cast<int>(memory.TailBytes(shared_blocks));
+  args.scratch_bytes = 0;
+  if (blocks > memory.most_blocks) {
+    const int64_t bytes =
+        MassMemory::KeyBytesFor(blocks) + MassMemory::MassBytesFor(blocks, args.group);
+    args.scratch_bytes = (bytes + 255) / 256 * 256;
+  }
   args.survivor_stride =
       kLeastPlanes == kLastPlanes ? 0 : args.tables.stride * (kPageTokens / args.block_tokens);
 
@@ -433,7 +566,8 @@ void Launch(Context& context, SketchArgs args) {
   args.counters = reinterpret_cast<TeamCounters*>(context.select_counters.Reserve(
       static_cast<size_t>(units) * sizeof(TeamCounters) / sizeof(uint32_t), context.stream));
   LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(grid.ctas)), dim3(kThreads),
-                   sizeof(SketchShared) + static_cast<size_t>(args.shared_bytes), 1, args);
+                   sizeof(SketchShared) + static_cast<size_t>(args.tail_bytes + args.mass_bytes), 1,
+                   args);
 }
 
 template <int kDim, int kHeads>

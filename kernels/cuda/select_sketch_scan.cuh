@@ -2,17 +2,19 @@
 #define RESA_KERNELS_CUDA_SELECT_SKETCH_SCAN_CUH_
 
 // A CTA's way through its part of a row: the words of its tokens from memory, the masses of its
-// blocks to where they wait for the heads' totals. The arithmetic is in select_sketch_score.cuh,
-// what is scored when in select_sketch.cu.
+// blocks to where they wait for the heads' totals. The arithmetic is in select_sketch_score.cuh.
+//
+// A warp has a ring of steps in shared memory, filled by asynchronous copies of 16 bytes per lane,
+// which each lane reads back itself. (Loads to registers would wait in the L1 cache, of which
+// masses in shared memory leave little: 2.8 TB/s instead of 4.5.)
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/select_sketch_score.cuh"
-#include "kernels/cuda/select_team.cuh"
-#include "kernels/cuda/select_topk.cuh"
 #include "kernels/params.h"
 
 namespace resa::kernels::cuda {
@@ -22,6 +24,7 @@ inline constexpr int kSketchWarps = kSketchThreads / 32;
 inline constexpr int kChunkSteps = 2;
 inline constexpr int kChunkTokens = kChunkSteps * kStepTokens;
 inline constexpr int kChunkQuarters = kChunkTokens / kQuarterTokens;
+inline constexpr int kSlots = 3;  // Of a warp's ring: planes under way.
 
 // A total over chunks, exact whatever the order of additions: in units of 2^-24 and 2^-74.
 struct Total {
@@ -38,19 +41,8 @@ struct Total {
   }
 };
 
-// The part of the work that a CTA has.
-struct TeamPlace {
-  SparseRow row;
-  int index;  // Of the row; -1: none.
-  int kv_head;
-  int rank;
-  int size;
-};
-
-struct SketchShared {
-  TeamShared team;
-  TopKShared topk;
-  TeamPlace place;
+// What is used while tokens are scored.
+struct SketchScanShared {
   SketchQueries queries;
   Total totals[kMaxGroup];  // Of this CTA, then of the team.
   uint32_t saturated;
@@ -59,7 +51,6 @@ struct SketchShared {
   float weight[kMaxGroup];          // What a head's masses are multiplied by.
   alignas(16) uint32_t beside[32];  // Written and never read.
 };
-static_assert(sizeof(SketchShared) % 16 == 0);
 
 // What a pass scores: all blocks of a row in order, or those of a list.
 struct SketchSource {
@@ -77,9 +68,20 @@ struct SketchSource {
   }
 };
 
+// A warp's ring of planes: 16 bytes per lane and pair of words, then the scales of the step, which
+// come with its first plane.
+template <int kDim>
+struct SketchRing {
+  static constexpr int kScalesAt = kDim / 64 * 512;
+  static constexpr int kSlotBytes = kScalesAt + kStepTokens * 2;
+  static constexpr int kBytes = kSlots * kSlotBytes;
+};
+
 // A lane's way to the words of a step. kList: the source has a list.
-template <int kDim, int kPlanes, bool kList>
+template <int kDim, bool kList>
 struct StepReader {
+  using Ring = SketchRing<kDim>;
+
   const SketchSource& source;
   const std::byte* words;  // The lane's, of page 0.
   const std::byte* scales;
@@ -88,7 +90,7 @@ struct StepReader {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int in_block = (1 << Shift()) - 1;
     words = from.descriptors + lane % 4 / 2 * 64 + (Quarter() & in_block) * 16;
-    scales = from.descriptors + from.scales_at + (Quarter() & ~1 & in_block) * 8;
+    scales = from.descriptors + from.scales_at + (Quarter() & in_block) * 8;
   }
   __device__ __forceinline__ static int Quarter() {  // Of the step.
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -112,25 +114,40 @@ struct StepReader {
     }
   }
 
-  __device__ __forceinline__ void Load(uint32_t places, int step,
-                                       SketchWords<kDim, kPlanes>* to) const {
+  // Asks for a plane of a step of the chunk with these places, and for the scales with the first.
+  __device__ __forceinline__ void Copy(uint32_t places, int step, int plane, uint32_t slot) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const uint32_t place = __shfl_sync(~0u, places, (step * 16 + Quarter()) >> Shift());
-    const std::byte* const from = At(words, place, 16);
+    const std::byte* const from = At(words, place, 16) + plane * (kDim * 2);
 #pragma unroll
-    for (int p = 0; p < kPlanes; ++p) {
-#pragma unroll
-      for (int pair = 0; pair < kDim / 64; ++pair) {
-        to->plane[p][pair] = LoadOnce16(from + p * (kDim * 2) + pair * 128);
+    for (int pair = 0; pair < kDim / 64; ++pair) {
+      CopyAsync16(slot + pair * 512 + lane * 16, from + pair * 128);
+    }
+    if (plane == 0) {
+      // The scales of quarters 2 r and 2 r + 1 follow each other, unless they are blocks of a list.
+      const uint32_t to = slot + Ring::kScalesAt + lane / 4 * 16;
+      if (!kList || Shift() != 0) {
+        if (lane % 4 == 0) CopyAsync16(to, At(scales, place, 8));
+      } else if (lane % 4 < 2) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to + lane % 4 * 8),
+                     "l"(At(scales, place, 8))
+                     : "memory");
       }
     }
-    if (kList && Shift() == 0) {  // Two blocks.
-      const int first = step * 16 + (Quarter() & ~1);
-      const uint2 a = LoadOnce8(At(scales, __shfl_sync(~0u, places, first), 8));
-      const uint2 b = LoadOnce8(At(scales, __shfl_sync(~0u, places, first + 1), 8));
-      to->scales = make_uint4(a.x, a.y, b.x, b.y);
-    } else {
-      to->scales = LoadOnce16(At(scales, place, 8));
+    CopyAsyncCommit();
+  }
+  // What has come.
+  __device__ __forceinline__ static PlaneWords<kDim> ReadPlane(uint32_t slot) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    PlaneWords<kDim> words;
+#pragma unroll
+    for (int pair = 0; pair < kDim / 64; ++pair) {
+      words.pair[pair] = LoadShared16(slot + pair * 512 + lane * 16);
     }
+    return words;
+  }
+  __device__ __forceinline__ static uint4 ReadScales(uint32_t slot) {
+    return LoadShared16(slot + Ring::kScalesAt + static_cast<int>(threadIdx.x) % 32 / 4 * 16);
   }
 
   __device__ __forceinline__ const std::byte* At(const std::byte* base, uint32_t place,
@@ -140,9 +157,17 @@ struct StepReader {
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(page), "r"(source.page_bytes), "l"(base));
     return kList ? at + (place >> 30) * quarter_bytes : at;
   }
+  __device__ __forceinline__ static uint4 LoadShared16(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+  }
 };
 
-// What a lane needs of its heads.
+// What a lane needs of its heads. Without bases, nothing has a mass.
 template <int kHeads>
 struct LaneHeads {
   static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
@@ -159,7 +184,8 @@ struct LaneHeads {
         const int head = SketchColumns<kHeads>::Head(tile, i);
         const float octaves = queries.octaves[head] * ratio;
         factor[tile][i] = head < group ? octaves / kWindowOctaves : 0.0f;
-        offset[tile][i] = head < group ? (127.0f - base[head]) / kWindowOctaves : -1.0f;
+        offset[tile][i] =
+            base != nullptr && head < group ? (127.0f - base[head]) / kWindowOctaves : -1.0f;
       }
     }
   }
@@ -170,47 +196,47 @@ struct MassMemory {
   uint32_t* keys;
   uint16_t* upper;
   uint8_t* lower;
-  int stride;  // 4 past a multiple of 64: the heads' parts begin in different banks.
+  int stride;
 
-  __host__ __device__ __forceinline__ static int64_t StrideFor(int64_t blocks) {
+  // 4 past a multiple of 64: the heads' parts begin in different banks.
+  __host__ __device__ static constexpr int64_t StrideFor(int64_t blocks) {
     return (blocks + 63) / 64 * 64 + 4;
   }
-  __host__ __device__ __forceinline__ static int64_t BytesFor(int64_t blocks, int group) {
-    return StrideFor(blocks) * (4 + 3 * group);
+  __host__ __device__ static constexpr int64_t KeyBytesFor(int64_t blocks) {
+    return StrideFor(blocks) * 4;
   }
-  __device__ __forceinline__ static MassMemory At(std::byte* memory, int blocks, int group) {
-    MassMemory out;
-    out.stride = static_cast<int>(StrideFor(blocks));
-    out.keys = reinterpret_cast<uint32_t*>(memory);
-    out.upper = reinterpret_cast<uint16_t*>(out.keys + out.stride);
-    out.lower = reinterpret_cast<uint8_t*>(out.upper + static_cast<int64_t>(out.stride) * group);
-    return out;
+  __host__ __device__ static constexpr int64_t MassBytesFor(int64_t blocks, int group) {
+    return (StrideFor(blocks) * 3 * group + 15) / 16 * 16;
+  }
+  __device__ __forceinline__ MassMemory(std::byte* keys_at, std::byte* masses_at, int blocks,
+                                        int group)
+      : keys(reinterpret_cast<uint32_t*>(keys_at)),
+        upper(reinterpret_cast<uint16_t*>(masses_at)),
+        stride(static_cast<int>(StrideFor(blocks))) {
+    lower = reinterpret_cast<uint8_t*>(upper + static_cast<int64_t>(stride) * group);
   }
 };
 
-// Where a lane stores the masses of one head's blocks. A lane that has nothing to store does so
-// beside the masses, which takes no question.
+// Where a lane stores the masses of its heads' blocks, one tile of them. A lane that has nothing to
+// store does so beside the masses, which takes no question.
 struct MassColumn {
   uint16_t* upper = nullptr;
   uint8_t* lower = nullptr;
-  int advance = 0;
+  int second = 0;   // From the first head to the second, if there is one.
+  int advance = 0;  // Blocks from a chunk of the warp to its next.
 
-  __device__ __forceinline__ MassColumn() {}
-  __device__ __forceinline__ MassColumn(const MassMemory& memory, bool stores, int head, int block,
-                                        int blocks_per_turn, uint32_t* beside)
-      : upper(reinterpret_cast<uint16_t*>(beside)),
-        lower(reinterpret_cast<uint8_t*>(beside)),
-        advance(0) {
-    if (stores) {
-      upper = memory.upper + head * memory.stride + block;
-      lower = memory.lower + head * memory.stride + block;
-      advance = blocks_per_turn;
-    }
-  }
   __device__ __forceinline__ void Store(int block, float mass) const {
     const uint32_t bits = PackMass(mass);
     upper[block] = static_cast<uint16_t>(bits >> 16);
     lower[block] = static_cast<uint8_t>(bits >> 8);
+  }
+  // Where there is no second head, the first takes its place again.
+  __device__ __forceinline__ void Store(int block, const float (&masses)[2]) const {
+    Store(second + block, masses[1]);
+    Store(block, masses[0]);
+  }
+  __device__ __forceinline__ void Store(int block, const float (&masses)[1]) const {
+    Store(block, masses[0]);
   }
   __device__ __forceinline__ void Advance() {
     upper += advance;
@@ -218,156 +244,173 @@ struct MassColumn {
   }
 };
 
-// The chunks of one warp: begin + warp, every kSketchWarps-th, up to end. Calls step(words, j) for
-// each step j of a whole chunk, short_step(words, j, left) for those of the row's last one where it
-// is not whole, `left` the tokens from the chunk's beginning on, and chunk_end() behind a chunk.
-template <int kDim, int kHeads, int kPlanes, bool kList, typename Step, typename ShortStep,
-          typename ChunkEnd>
-__device__ __forceinline__ void ForChunks(const SketchSource& source, int begin, int end,
-                                          const Step& step, const ShortStep& short_step,
-                                          const ChunkEnd& chunk_end) {
-  constexpr int kDepth = kPlanes == 3 || kHeads == 4 ? 1 : 2;  // Steps in flight.
-  const StepReader<kDim, kPlanes, kList> reader(source);
-  int chunk = begin + static_cast<int>(threadIdx.x) / 32;
-  const int whole = min(end, source.tokens / kChunkTokens);
-  if (chunk < whole) {
-    uint32_t places = reader.Places(chunk);
-    // Behind the last chunk it is read again, to no use: cheaper than a question at each step.
-    uint32_t next = reader.Places(min(chunk + kSketchWarps, whole - 1));
-    SketchWords<kDim, kPlanes> words[kDepth];
+// The chunks of one warp: begin + warp, every kSketchWarps-th, up to end. The planes of their steps
+// go through the warp's ring, one after the other.
+template <int kDim, int kPlanes, bool kList>
+struct ChunkStream {
+  using Ring = SketchRing<kDim>;
+  static constexpr int kTurns = kChunkSteps * kPlanes;           // Planes of a chunk.
+  static constexpr int kAhead = (kTurns - 1 + kSlots) / kTurns;  // Chunks that copies go ahead.
+  static_assert(kSlots >= kSketchMaxPlanes);                     // ReadOne
+
+  const StepReader<kDim, kList> reader;
+  const int first;
+  const int end;
+  const uint32_t ring;          // The warp's, in shared memory.
+  uint32_t places[kAhead + 1];  // Of the chunk that is scored, and of the warp's next ones.
+
+  __device__ __forceinline__ ChunkStream(const SketchSource& source, int begin, int end_chunk,
+                                         std::byte* rings)
+      : reader(source),
+        first(begin + static_cast<int>(threadIdx.x) / 32),
+        end(end_chunk),
+        ring(SharedAddress(rings) + static_cast<int>(threadIdx.x) / 32 * Ring::kBytes) {}
+
+  // Behind the last chunk it is read again, to no use: cheaper than a question at each step.
+  __device__ __forceinline__ uint32_t PlacesOf(int chunk) const {
+    return reader.Places(min(chunk, end - 1));
+  }
+  // Asks for a turn of the chunk that is scored or, counted on, of the warp's next ones.
+  __device__ __forceinline__ void Copy(int turn, uint32_t slot) const {
+    reader.Copy(places[turn / kTurns], turn / kPlanes % kChunkSteps, turn % kPlanes, slot);
+  }
+  __device__ __forceinline__ void FindPlaces() {
+    if (first >= end) return;
 #pragma unroll
-    for (int j = 0; j < kDepth; ++j) reader.Load(places, j, &words[j]);
+    for (int i = 0; i <= kAhead; ++i) places[i] = PlacesOf(first + i * kSketchWarps);
+  }
+  __device__ __forceinline__ void Start() {
+    if (first >= end) return;
+#pragma unroll
+    for (int turn = 0; turn < kSlots; ++turn) Copy(turn, ring + turn * Ring::kSlotBytes);
+  }
+
+  // One step beside the stream, while none of it is under way.
+  __device__ __forceinline__ void CopyOne(uint32_t chunk_places, int step) const {
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      reader.Copy(chunk_places, step, p, ring + p * Ring::kSlotBytes);
+    }
+  }
+  template <int kHeads>
+  __device__ __forceinline__ void ReadOne(const SketchOperand<kDim, kHeads>& operand,
+                                          SketchSums<kHeads>* sums, uint4* scales) const {
+    CopyAsyncWait<0>();
+    __syncwarp();
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      sums->Add(reader.ReadPlane(ring + p * Ring::kSlotBytes), 1 << (kPlanes - 1 - p), operand);
+    }
+    *scales = reader.ReadScales(ring);
+    __syncwarp();
+  }
+
+  // Calls step(sums, scales, j, left) for the steps j of each chunk, `left` the tokens from the
+  // chunk's beginning on, and chunk_end() behind a chunk.
+  template <int kHeads, typename Step, typename ChunkEnd>
+  __device__ __forceinline__ void Run(const SketchOperand<kDim, kHeads>& operand, const Step& step,
+                                      const ChunkEnd& chunk_end) {
+    uint32_t slot = ring;
 #pragma unroll 1
-    for (; chunk < whole; chunk += kSketchWarps) {
-      const uint32_t after = reader.Places(min(chunk + 2 * kSketchWarps, whole - 1));
+    for (int chunk = first; chunk < end; chunk += kSketchWarps) {
+      const uint32_t newest = PlacesOf(chunk + (kAhead + 1) * kSketchWarps);
 #pragma unroll
       for (int j = 0; j < kChunkSteps; ++j) {
-        step(words[j % kDepth], j);
-        const int ahead = j + kDepth;
-        reader.Load(ahead < kChunkSteps ? places : next, ahead % kChunkSteps, &words[j % kDepth]);
+        SketchSums<kHeads> sums;
+        uint4 scales;
+#pragma unroll
+        for (int p = 0; p < kPlanes; ++p) {
+          CopyAsyncWait<kSlots - 1>();
+          __syncwarp();
+          const PlaneWords<kDim> words = reader.ReadPlane(slot);
+          if (p == 0) scales = reader.ReadScales(slot);
+          __syncwarp();
+          Copy(j * kPlanes + p + kSlots, slot);
+          slot = slot == ring + (kSlots - 1) * Ring::kSlotBytes ? ring : slot + Ring::kSlotBytes;
+          sums.Add(words, 1 << (kPlanes - 1 - p), operand);
+        }
+        step(sums, scales, j, reader.source.tokens - chunk * kChunkTokens);
       }
       chunk_end();
-      places = next;
-      next = after;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) places[i] = places[i + 1];
+      places[kAhead] = newest;
     }
+    CopyAsyncWait<0>();
   }
-  if (chunk < end) {
-    const uint32_t places = reader.Places(chunk);
-#pragma unroll 1
-    for (int j = 0; j < kChunkSteps; ++j) {
-      SketchWords<kDim, kPlanes> words;
-      reader.Load(places, j, &words);
-      short_step(words, j, source.tokens - chunk * kChunkTokens);
-    }
-    chunk_end();
-  }
+};
+
+// The tokens of a lane in a step of the row's last chunk that count.
+__device__ __forceinline__ void CutStep(int j, int left, float (&scales)[8]) {
+  const int row = static_cast<int>(threadIdx.x) % 32 / 4;
+  CutScales(left - j * kStepTokens - row * 2 * kQuarterTokens, scales);
 }
 
-// Calls use(t, estimates) for the tokens t of a lane's quarters 2 r and 2 r + 1: their estimates
-// per head, before the head's factor.
-template <int kDim, int kHeads, int kPlanes, bool kShort, typename Use>
-__device__ __forceinline__ void ForEstimates(const SketchWords<kDim, kPlanes>& words, int j,
-                                             int left, const SketchOperand<kDim, kHeads>& operand,
-                                             const Use& use) {
-  constexpr int kTiles = SketchColumns<kHeads>::kTiles;
-  constexpr int kEach = SketchColumns<kHeads>::kEach;
-  float scales[8];
-  SketchScales(words.scales, scales);
-  if constexpr (kShort) {
-    const int row = static_cast<int>(threadIdx.x) % 32 / 4;
-    CutScales(left - j * kStepTokens - row * 2 * kQuarterTokens, scales);
-  }
-#pragma unroll
-  for (int t = 0; t < kQuarterTokens; ++t) {
-    float estimates[kTiles][2][kEach];
-    SketchProducts<kDim, kHeads, kPlanes>(words, t, operand, estimates);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float scale = scales[row * kQuarterTokens + t];
-      const float origin = -kSumOriginValue * scale;  // Exact.
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          estimates[tile][row][i] = fmaf(estimates[tile][row][i], scale, origin);
-        }
-      }
-    }
-    use(t, estimates);
-  }
-}
-
-// Masses of the blocks of a CTA's chunks [begin, end), and the CTA's totals of the heads.
+// Masses of the blocks of a CTA's chunks, and the CTA's totals of the heads.
 template <int kDim, int kHeads, int kPlanes, bool kList>
-__device__ __forceinline__ void ScoreChunks(const SketchSource& source, int begin, int end,
-                                            int group, const SketchOperand<kDim, kHeads>& operand,
+__device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& stream, int group,
+                                            const SketchOperand<kDim, kHeads>& operand,
                                             const LaneHeads<kHeads>& heads,
-                                            const MassMemory& memory, SketchShared& shared) {
-  constexpr int kTiles = LaneHeads<kHeads>::kTiles;
-  constexpr int kEach = LaneHeads<kHeads>::kEach;
+                                            const MassMemory& memory, SketchScanShared& shared) {
+  using Columns = SketchColumns<kHeads>;
+  constexpr int kTiles = Columns::kTiles;
+  constexpr int kEach = Columns::kEach;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = lane / 4;
-  const int shift = source.quarter_shift;
+  const int shift = stream.reader.source.quarter_shift;
   const bool odd = (row & 1) != 0;
   // The head whose total the lane has: with two heads, each of a pair of lanes takes one of them.
-  const int total_head = SketchColumns<kHeads>::Head(0, kEach == 2 && odd ? 1 : 0);
-  const int first_block =
-      static_cast<int>(threadIdx.x) / 32 * (kChunkQuarters >> shift) + ((row * 2) >> shift);
+  const int total_head = Columns::Head(0, kEach == 2 && odd ? 1 : 0);
+  const int chunk_blocks = kChunkQuarters >> shift;
   const int step_blocks = 16 >> shift;
-  MassColumn columns[kTiles][kEach];
+  MassColumn columns[kTiles];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int head = SketchColumns<kHeads>::Head(tile, i);
-      columns[tile][i] = MassColumn(memory, head < group && (shift < 2 || !odd), head, first_block,
-                                    kSketchWarps * (kChunkQuarters >> shift), shared.beside);
-    }
+    MassColumn& column = columns[tile];
+    const int head = Columns::Head(tile, 0);
+    const int at = head * memory.stride + static_cast<int>(threadIdx.x) / 32 * chunk_blocks +
+                   ((row * 2) >> shift);
+    const bool stores = head < group && (shift < 2 || !odd);
+    column.upper = stores ? memory.upper + at : reinterpret_cast<uint16_t*>(shared.beside);
+    column.lower = stores ? memory.lower + at : reinterpret_cast<uint8_t*>(shared.beside);
+    column.second = stores && kEach == 2 && head + 1 < group ? memory.stride : 0;
+    column.advance = stores ? kSketchWarps * chunk_blocks : 0;
   }
   float chunk_sum[kTiles][kEach] = {};
   Total totals[kTiles];
   bool saturated = false;
 
-  float quarter_sum[kTiles][2][kEach];
-  const auto add_token = [&](int t, const float(&estimates)[kTiles][2][kEach]) {
+  const auto add_step = [&](const SketchSums<kHeads>& sums, const float(&scales)[8], int j) {
+    float quarter_sum[kTiles][2][kEach] = {};
+    sums.ForEstimates(scales, [&](int tile, int t, int half, int i, float estimate) {
+      const float mass = SketchMass(estimate, heads.factor[tile][i], heads.offset[tile][i]);
+      quarter_sum[tile][half][i] = t == 0 ? mass : quarter_sum[tile][half][i] + mass;
+    });
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+      float pair_sum[kEach];
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
+        pair_sum[i] = quarter_sum[tile][0][i] + quarter_sum[tile][1][i];
+        chunk_sum[tile][i] += pair_sum[i];
+      }
+      if (shift == 0) {
+        columns[tile].Store(j * step_blocks, quarter_sum[tile][0]);
+        columns[tile].Store(j * step_blocks + 1, quarter_sum[tile][1]);
+      } else {
+        if (shift == 2) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float mass =
-              SketchMass(estimates[tile][half][i], heads.factor[tile][i], heads.offset[tile][i]);
-          quarter_sum[tile][half][i] = t == 0 ? mass : quarter_sum[tile][half][i] + mass;
+          for (int i = 0; i < kEach; ++i) pair_sum[i] += __shfl_xor_sync(~0u, pair_sum[i], 4);
         }
+        columns[tile].Store(j * step_blocks, pair_sum);
       }
     }
   };
-  const auto end_step = [&](int j) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        float sum = quarter_sum[tile][0][i] + quarter_sum[tile][1][i];
-        chunk_sum[tile][i] += sum;
-        const MassColumn& column = columns[tile][i];
-        if (shift == 0) {
-          column.Store(j * step_blocks, quarter_sum[tile][0][i]);
-          column.Store(j * step_blocks + 1, quarter_sum[tile][1][i]);
-        } else {
-          if (shift == 2) sum += __shfl_xor_sync(~0u, sum, 4);
-          column.Store(j * step_blocks, sum);
-        }
-      }
-    }
-  };
-  const auto step = [&](const SketchWords<kDim, kPlanes>& words, int j) {
-    ForEstimates<kDim, kHeads, kPlanes, false>(words, j, 0, operand, add_token);
-    end_step(j);
-  };
-  const auto short_step = [&](const SketchWords<kDim, kPlanes>& words, int j, int left) {
-    ForEstimates<kDim, kHeads, kPlanes, true>(words, j, left, operand, add_token);
-    end_step(j);
+  const auto step = [&](const SketchSums<kHeads>& sums, const uint4& packed, int j, int left) {
+    float scales[8];
+    SketchScales(packed, scales);
+    if (left < (j + 1) * kStepTokens) CutStep(j, left, scales);
+    add_step(sums, scales, j);
   };
   const auto chunk_end = [&] {
 #pragma unroll
@@ -380,13 +423,11 @@ __device__ __forceinline__ void ScoreChunks(const SketchSource& source, int begi
       saturated = saturated || !(sum < kSaturated);
       totals[tile].Add(sum);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        chunk_sum[tile][i] = 0;
-        columns[tile][i].Advance();
-      }
+      for (int i = 0; i < kEach; ++i) chunk_sum[tile][i] = 0;
+      columns[tile].Advance();
     }
   };
-  ForChunks<kDim, kHeads, kPlanes, kList>(source, begin, end, step, short_step, chunk_end);
+  stream.Run(operand, step, chunk_end);
 
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -403,98 +444,39 @@ __device__ __forceinline__ void ScoreChunks(const SketchSource& source, int begi
   if (saturated) shared.saturated = 1;
 }
 
-// The largest estimate of each head, in octaves, over chunks first, first + kSketchWarps .. of [..,
-// end): a warp's, to shared.warp_largest. Done once or, of all chunks, hardly ever.
-template <int kDim, int kHeads, int kPlanes, bool kList>
-__device__ __forceinline__ void LargestOfChunks(const SketchSource& source, int first, int end,
-                                                int group, float ratio, SketchShared& shared) {
-  constexpr int kTiles = LaneHeads<kHeads>::kTiles;
-  constexpr int kEach = LaneHeads<kHeads>::kEach;
-  SketchOperand<kDim, kHeads> operand;
-  operand.Load(shared.queries);
-  LaneHeads<kHeads> heads;
-  heads.Load(shared.queries, shared.base, group, ratio);
-  float largest[kTiles][kEach];
+// The largest estimates of a warp's heads, in octaves.
+template <int kHeads>
+struct LargestEstimates {
+  using Columns = SketchColumns<kHeads>;
+  float largest[Columns::kTiles][Columns::kEach];
+
+  __device__ __forceinline__ LargestEstimates() {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) largest[tile][i] = -INFINITY;
+    for (int i = 0; i < kHeads; ++i) (&largest[0][0])[i] = -INFINITY;
   }
-  const StepReader<kDim, kPlanes, kList> reader(source);
-  for (int chunk = first; chunk < end; chunk += kSketchWarps) {
-    const uint32_t places = reader.Places(chunk);
-    SketchWords<kDim, kPlanes> words[kChunkSteps];
-#pragma unroll
-    for (int j = 0; j < kChunkSteps; ++j) reader.Load(places, j, &words[j]);
-#pragma unroll
-    for (int j = 0; j < kChunkSteps; ++j) {
-      const auto compare = [&](int, const float(&estimates)[kTiles][2][kEach]) {
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-          for (int i = 0; i < kEach; ++i) {
-            const float factor = heads.factor[tile][i];
-            largest[tile][i] = fmaxf(largest[tile][i], fmaxf(estimates[tile][0][i] * factor,
-                                                             estimates[tile][1][i] * factor));
-          }
-        }
-      };
-      ForEstimates<kDim, kHeads, kPlanes, true>(words[j], j, source.tokens - chunk * kChunkTokens,
-                                                operand, compare);
-    }
+  __device__ __forceinline__ void AddStep(const SketchSums<kHeads>& sums, const uint4& packed,
+                                          int j, int left, const LaneHeads<kHeads>& heads) {
+    float scales[8];
+    SketchScales(packed, scales);
+    CutStep(j, left, scales);
+    sums.ForEstimates(scales, [&](int tile, int, int, int i, float estimate) {
+      largest[tile][i] = fmaxf(largest[tile][i], estimate * heads.factor[tile][i]);
+    });
   }
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  // To of_warp[head].
+  __device__ __forceinline__ void Store(float* of_warp) const {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 0; tile < Columns::kTiles; ++tile) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      float x = largest[tile][i];
+      for (int i = 0; i < Columns::kEach; ++i) {
+        float x = largest[tile][i];
 #pragma unroll
-      for (int bit = 4; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-      if (lane < 4) {
-        shared.warp_largest[warp][SketchColumns<kHeads>::Head(tile, i)] = x * kWindowOctaves;
+        for (int bit = 4; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
+        if (threadIdx.x % 32 < 4) of_warp[Columns::Head(tile, i)] = x * kWindowOctaves;
       }
     }
   }
-}
-
-// The base of a head whose largest estimate is this: any whole number when none counts.
-__device__ __forceinline__ float BaseFor(float largest, float headroom) {
-  return largest > -1e30f ? ceilf(largest) + headroom : 0.0f;
-}
-
-// The float of a TopKKey.
-__device__ __forceinline__ float FloatOfKey(uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
-}
-
-// shared.base of all heads: from one chunk per warp, spread over the row (`exact` false), or from
-// all of the team's chunks.
-template <int kDim, int kHeads, int kPlanes, bool kList>
-__device__ __forceinline__ void FindBases(Team& team, const SketchSource& source, int begin,
-                                          int end, bool exact, int group, float ratio,
-                                          SketchShared& shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / 32;
-  const auto sample = static_cast<int>(int64_t{source.Chunks() - 1} * warp / (kSketchWarps - 1));
-  LargestOfChunks<kDim, kHeads, kPlanes, kList>(source, exact ? begin + warp : sample,
-                                                exact ? end : sample + 1, group, ratio, shared);
-  __syncthreads();
-  const bool has_head = thread < SketchColumns<kHeads>::kGroup;
-  float largest = -INFINITY;
-  if (has_head) {
-#pragma unroll
-    for (int w = 0; w < kSketchWarps; ++w) largest = fmaxf(largest, shared.warp_largest[w][thread]);
-  }
-  if (exact && team.size > 1) {
-    if (has_head) atomicMax(&team.counters->largest[thread], TopKKey(largest));
-    team.Meet();
-    if (has_head) largest = FloatOfKey(__ldcg(&team.counters->largest[thread]));
-  }
-  if (has_head) shared.base[thread] = BaseFor(largest, exact ? 2.0f : kHeadroomOctaves);
-  __syncthreads();
-}
+};
 
 }  // namespace resa::kernels::cuda
 

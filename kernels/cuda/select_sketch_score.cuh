@@ -172,29 +172,11 @@ struct SketchOperand {
 
 // ---- codes ------------------------------------------------------------------------------------
 
-// What a lane reads of a step.
-template <int kDim, int kPlanes>
-struct SketchWords {
-  static constexpr int kPairs = kDim / 64;
-  uint4 plane[kPlanes][kPairs];  // The lane's word of a pair, of the four tokens of its quarter.
-  uint4 scales;                  // bf16, of the eight tokens of its products.
+// A plane of a step: the lane's word of each pair, of the four tokens of its quarter.
+template <int kDim>
+struct PlaneWords {
+  uint4 pair[kDim / 64];
 };
-
-// 16 or 8 bytes that are read once.
-__device__ __forceinline__ uint4 LoadOnce16(const std::byte* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-__device__ __forceinline__ uint2 LoadOnce8(const std::byte* from) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from));
-  return v;
-}
 
 // The indices of bits 0 2 4 .. of a word: (b, 2 + b') for each two of them.
 __device__ __forceinline__ uint32_t SparseIndices(uint32_t word) {
@@ -208,50 +190,71 @@ __device__ __forceinline__ uint32_t SparseIndices(uint32_t word) {
 // sum += weight (the selected rows of b), weight in each byte.
 __device__ __forceinline__ void MmaSparse(int (&sum)[4], uint32_t weight, const uint32_t (&b)[4],
                                           uint32_t indices) {
-  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
       "{%4, %4, %4, %4}, {%5, %6, %7, %8}, {%0, %1, %2, %3}, %9, 0x0;"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(weight), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices));
 }
 
-// products[tile][row][i]: sum of q level over kSumOriginValue, of token `t` of quarter 2 r + row
-// and the lane's heads.
-template <int kDim, int kHeads, int kPlanes, int kTiles, int kEach>
-__device__ __forceinline__ void SketchProducts(const SketchWords<kDim, kPlanes>& words, int t,
-                                               const SketchOperand<kDim, kHeads>& operand,
-                                               float (&products)[kTiles][2][kEach]) {
-  int sums[kTiles][4];
+// The sums of q level of a step, over kSumOrigin. [tile][t][row * 2 + i]: token t of quarter 2 r +
+// row, the lane's head i. The products of four tokens take turns, since one that adds to the last
+// waits for it.
+template <int kHeads>
+struct SketchSums {
+  static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
+  int sums[kTiles][kQuarterTokens][4];
+
+  __device__ __forceinline__ SketchSums() {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[tile][j] = static_cast<int>(kSumOrigin);
+    for (int i = 0; i < kTiles * kQuarterTokens * 4; ++i) {
+      (&sums[0][0][0])[i] = static_cast<int>(kSumOrigin);
+    }
   }
-#pragma unroll
-  for (int p = 0; p < kPlanes; ++p) {
+
+  // A plane whose bits weigh `weight`.
+  template <int kDim>
+  __device__ __forceinline__ void Add(const PlaneWords<kDim>& words, int weight,
+                                      const SketchOperand<kDim, kHeads>& operand) {
 #pragma unroll
     for (int pair = 0; pair < kDim / 64; ++pair) {
-      const uint4& v = words.plane[p][pair];
-      const uint32_t word = t == 0 ? v.x : t == 1 ? v.y : t == 2 ? v.z : v.w;
-      const uint32_t indices[2] = {SparseIndices(word), SparseIndices(word >> 1)};
+      const uint4& v = words.pair[pair];
+      const uint32_t of_token[kQuarterTokens] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          MmaSparse(sums[tile], 0x01010101u << (kPlanes - 1 - p), operand.quads[tile][pair][odd],
-                    indices[odd]);
+        for (int t = 0; t < kQuarterTokens; ++t) {
+          const uint32_t indices = SparseIndices(odd == 0 ? of_token[t] : of_token[t] >> 1);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            MmaSparse(sums[tile][t], 0x01010101u * static_cast<uint32_t>(weight),
+                      operand.quads[tile][pair][odd], indices);
+          }
         }
       }
     }
   }
+
+  // Calls use(tile, t, row, i, estimate) for each, the estimate before the head's factor.
+  template <typename Use>
+  __device__ __forceinline__ void ForEstimates(const float (&scales)[8], const Use& use) const {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int t = 0; t < kQuarterTokens; ++t) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      products[tile][0][i] = __int_as_float(sums[tile][i]);
-      products[tile][1][i] = __int_as_float(sums[tile][2 + i]);
+      for (int row = 0; row < 2; ++row) {
+        const float scale = scales[row * kQuarterTokens + t];
+        const float origin = -kSumOriginValue * scale;  // Exact.
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+          for (int i = 0; i < SketchColumns<kHeads>::kEach; ++i) {
+            use(tile, t, row, i, fmaf(__int_as_float(sums[tile][t][row * 2 + i]), scale, origin));
+          }
+        }
+      }
     }
   }
-}
+};
 
 // The scales of the lane's eight tokens as floats, NaN where one does not count.
 __device__ __forceinline__ void SketchScales(const uint4& packed, float (&scales)[8]) {

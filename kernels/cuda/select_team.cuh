@@ -89,6 +89,27 @@ struct TeamShared {
   uint32_t before_above, before_count;
 };
 
+// The first pass's bins: 64 per octave around the mean of the keys' scores. Whoever makes the keys
+// counts them while he has them.
+struct TeamBins {
+  uint32_t origin;
+
+  __device__ __forceinline__ explicit TeamBins(float mean_score) {
+    const int lowest = __float_as_int(mean_score) - (kFirstBinOctaves << 23);
+    origin = static_cast<uint32_t>(max(0, lowest));
+  }
+  // Before a barrier that Count comes after.
+  template <int kThreads>
+  __device__ __forceinline__ static void Clear(TeamShared& shared) {
+    static_assert(kThreads * 4 == kTeamBins);
+    reinterpret_cast<uint4*>(shared.histogram)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void Count(TeamShared& shared, uint32_t key) const {
+    const uint32_t past = key < origin ? 0 : key - origin;
+    atomicAdd(&shared.histogram[min(past >> kFirstBinShift, kTeamBins - 1u)], 1u);
+  }
+};
+
 // The bin of the `wanted`-th largest key, 1 <= wanted <= the sum of all bins, to shared.bin, above
 // and equal. A thread has four adjacent bins, the first thread the highest.
 template <int kThreads>
@@ -140,26 +161,23 @@ __device__ __forceinline__ TeamInterval FindTeamInterval(Team& team, TeamShared&
                                                          const uint32_t* keys,
                                                          const TopKRange& range,
                                                          const TopKBudget& budget,
-                                                         float mean_score) {
+                                                         const TeamBins& bins) {
   const int thread = static_cast<int>(threadIdx.x);
+  const uint32_t origin = bins.origin;
   TeamInterval interval;
   interval.wanted = static_cast<uint32_t>(budget.keep - budget.sink - budget.local);
-  const uint32_t origin =
-      static_cast<uint32_t>(max(0, __float_as_int(mean_score) - (kFirstBinOctaves << 23)));
   for (bool first = true;; first = false) {
-    reinterpret_cast<uint4*>(shared.histogram)[thread] = make_uint4(0, 0, 0, 0);
-    __syncthreads();
     const uint32_t width = interval.high - interval.low;
     const int shift = max(0, 32 - __clz(static_cast<int>(width)) - kTeamBinBits);
+    if (!first) {
+      TeamBins::Clear<kThreads>(shared);
+      __syncthreads();
 #pragma unroll 4
-    for (int i = thread; i < range.count; i += kThreads) {
-      const uint32_t key = keys[i];
-      if (budget.Forces(range.first + i)) continue;
-      if (first) {
-        const uint32_t past = key < origin ? 0 : key - origin;
-        atomicAdd(&shared.histogram[min(past >> kFirstBinShift, kTeamBins - 1u)], 1u);
-      } else if (key - interval.low <= width) {
-        atomicAdd(&shared.histogram[(key - interval.low) >> shift], 1u);
+      for (int i = thread; i < range.count; i += kThreads) {
+        const uint32_t past = keys[i] - interval.low;
+        if (!budget.Forces(range.first + i) && past <= width) {
+          atomicAdd(&shared.histogram[past >> shift], 1u);
+        }
       }
     }
     if (team.size > 1) {
@@ -258,7 +276,7 @@ template <int kThreads>
 __device__ __forceinline__ TeamInterval NarrowToCut(TeamShared& shared, uint32_t total,
                                                     TeamInterval interval) {
   do {
-    reinterpret_cast<uint4*>(shared.histogram)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    TeamBins::Clear<kThreads>(shared);
     __syncthreads();
     const uint32_t width = interval.high - interval.low;
     const int shift = max(0, 32 - __clz(static_cast<int>(width)) - kTeamBinBits);
@@ -276,15 +294,15 @@ __device__ __forceinline__ TeamInterval NarrowToCut(TeamShared& shared, uint32_t
 }
 
 // Finds where the budget's kept keys end; for WriteTopKIds. keys[0 .. range.count) are the CTA's,
-// the bits of scores that are not negative, with any value at forced blocks; they may have just
-// been written. mean_score: the scores' sum over their number. REQUIRES budget.keep > sink + local.
-// Called by all threads of all CTAs of the team, who then all have passed the last meeting.
+// the bits of scores that are not negative, with any value at forced blocks; those of other blocks
+// have been counted in `bins`. They may have just been written. REQUIRES budget.keep > sink +
+// local. Called by all threads of all CTAs of the team, who then all have passed the last meeting.
 template <int kThreads>
 __device__ __forceinline__ TopKCut FindTeamCut(Team& team, TeamShared& shared, const uint32_t* keys,
                                                const TopKRange& range, const TopKBudget& budget,
-                                               float mean_score) {
+                                               const TeamBins& bins) {
   const int thread = static_cast<int>(threadIdx.x);
-  TeamInterval interval = FindTeamInterval<kThreads>(team, shared, keys, range, budget, mean_score);
+  TeamInterval interval = FindTeamInterval<kThreads>(team, shared, keys, range, budget, bins);
   const bool with_keys = interval.low != interval.high;
   if (thread == 0) shared.own_above = shared.own_count = 0;
   __syncthreads();

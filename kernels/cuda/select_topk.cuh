@@ -88,13 +88,6 @@ struct TopKCut {
 // enough.
 using TopKWarpCounts = uint32_t[2][32];
 
-// What WriteTopKIds works with. The first part only keeps the place that the sketch's selection was
-// measured with: what it may use for masses follows from what is taken.
-struct TopKShared {
-  alignas(16) uint32_t place[6 * 256];
-  TopKWarpCounts warp_counts;
-};
-
 // The key by which a block competes.
 template <typename KeyAt>
 __device__ __forceinline__ uint32_t TopKKeyOf(const KeyAt& key_at, const TopKRange& range,
@@ -142,8 +135,9 @@ __device__ __forceinline__ void WriteTurn(uint32_t (&warp_counts)[32], uint32_t 
 // Writes the ids that the CTA keeps of its range to out[0 ...], ascending, and returns how many
 // they are. In the list of all CTAs they begin at cut.Offset(). Called by all threads.
 template <int kThreads, typename KeyAt>
-__device__ int WriteTopKIds(TopKShared& shared, const KeyAt& key_at, const TopKRange& range,
-                            const TopKBudget& budget, const TopKCut& cut, int32_t* out) {
+__device__ int WriteTopKIds(TopKWarpCounts& warp_counts, const KeyAt& key_at,
+                            const TopKRange& range, const TopKBudget& budget, const TopKCut& cut,
+                            int32_t* out) {
   constexpr int kWarps = kThreads / 32;
   constexpr int kTurn = kThreads * 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -167,7 +161,7 @@ __device__ int WriteTopKIds(TopKShared& shared, const KeyAt& key_at, const TopKR
         ties = row_ties;
       }
     }
-    WriteTurn<kThreads>(shared.warp_counts[turn], above, ties, range.first + begin + lane * 32,
+    WriteTurn<kThreads>(warp_counts[turn], above, ties, range.first + begin + lane * 32,
                         cut.TiesLeft(), &above_done, &ties_done, out);
   }
   return above_done + min(ties_done, cut.TiesLeft());

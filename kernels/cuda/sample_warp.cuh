@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/ptx.cuh"
+
 namespace resa::kernels::cuda::sampling {
 
 inline constexpr int kWarp = 32;
@@ -30,11 +32,7 @@ __device__ __forceinline__ float FromOrderedKey(uint32_t key) {
 }
 
 // exp(x) for x <= 0, good to 2e-7 (1 + |x|): one product and one instruction.
-__device__ __forceinline__ float QuickExp(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
-  return result;
-}
+__device__ __forceinline__ float QuickExp(float x) { return Exp2(x * 1.44269504f); }
 
 // Sums of eight values per lane over the warp: afterwards lane l has the sum of value l / 4.
 template <class T>

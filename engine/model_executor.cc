@@ -11,7 +11,7 @@ absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Create(
   RESA_CHECK(layout.num_layers == config.num_layers && layout.num_kv_heads == config.num_kv_heads &&
              layout.head_dim == config.head_dim)
       << "the layout is another model's";
-  std::unique_ptr<ModelExecutor> executor(new ModelExecutor(limits, layout, ops));
+  std::unique_ptr<ModelExecutor> executor(new ModelExecutor(config, limits, layout, ops));
   RESA_ASSIGN_OR_RETURN(executor->kv_, KvMemory::Create(layout, ops));
   RESA_ASSIGN_OR_RETURN(
       executor->transformer_,
@@ -27,6 +27,7 @@ absl::Status ModelExecutor::Execute(const StepInput& input, StepOutput* output) 
   output->samples.resize(batch_.samples().size());
   kernels::StepLists lists = batch_.Lists(output->samples.data());
   lists.owner = this;
+  lists.num_heads = num_heads_;
   ops_->RunStep(lists, [this, &lists] {
     transformer_->Forward(batch_, *kv_);
     if (lists.num_samples == 0) return;

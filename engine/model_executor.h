@@ -37,9 +37,11 @@ class ModelExecutor : public Executor {
   const KvMemory& kv() const { return *kv_; }
 
  private:
-  ModelExecutor(const BatchLimits& limits, const kernels::KvLayout& layout, kernels::Ops* ops)
-      : ops_(ops), batch_(limits, layout) {}
+  ModelExecutor(const ModelConfig& config, const BatchLimits& limits,
+                const kernels::KvLayout& layout, kernels::Ops* ops)
+      : num_heads_(config.num_heads), ops_(ops), batch_(limits, layout) {}
 
+  const int num_heads_;
   kernels::Ops* const ops_;
   RaggedBatch batch_;
   std::unique_ptr<KvMemory> kv_;

@@ -304,6 +304,9 @@ void Ops::RunStep(const StepLists& lists, absl::FunctionRef<void()> issue) {
   RESA_CHECK(lists.num_samples == 0 || (lists.sampled_rows != nullptr && lists.samples != nullptr &&
                                         lists.results != nullptr))
       << "RunStep: samples without lists";
+  RESA_CHECK(lists.num_chunks == 0 ||
+             (lists.num_heads > 0 && lists.num_heads % lists.layout.num_kv_heads == 0))
+      << "RunStep: chunks of " << lists.num_heads << " heads";
   DoRunStep(lists, issue);
 }
 

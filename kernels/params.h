@@ -335,6 +335,7 @@ struct StepLists {
   PageTables tables = {};
   int64_t num_tables = 0;  // S
   KvLayout layout = {};
+  int num_heads = 0;  // Hq
   const int32_t* sampled_rows = nullptr;  // [R]
   const SampleRow* samples = nullptr;     // [R]
   int64_t num_samples = 0;                // R

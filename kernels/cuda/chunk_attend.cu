@@ -74,8 +74,8 @@ struct AttendArgs {
   uint32_t* arrived = nullptr;   // [merges * Hk]: warpgroups that have written their part
   float* partials = nullptr;     // [partials * Hk][128][d]
   float2* partial_ml = nullptr;  // [partials * Hk][128]: maximum in powers of two, sum
-  int pieces = 0;                // Works times KV heads; piece i is of head i % Hk.
-  int merges = 0;
+  // Works times KV heads make the pieces; piece i is of head i % Hk.
+  const ChunkCounts* counts = nullptr;
   int group = 0;
   int kv_heads = 0;
   float scale_log2 = 0;  // log2(e) / sqrt(d)
@@ -137,12 +137,13 @@ __device__ __forceinline__ void FeedTile(typename AttendShared<kHeadDim>::Tile& 
 template <int kHeadDim>
 __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
   const int lane = threadIdx.x;
+  const int pieces = args.counts->works * args.kv_heads;
   Turn<kPieceSlots> turn;
   Turn<kStages> k_turn;
   Turn<kStages> v_turn;
   for (int next = blockIdx.x;;) {
     Piece piece;
-    if (next < args.pieces) {
+    if (next < pieces) {
       piece.work = args.work[next / args.kv_heads];
       piece.head = next % args.kv_heads;
     }
@@ -627,7 +628,7 @@ __device__ __forceinline__ void MergeRow(const AttendArgs& args, const ChunkMerg
 template <int kHeadDim>
 __device__ void MergeRows(const AttendArgs& args) {
   const int warp = static_cast<int>(threadIdx.x - kWarpgroup) / 32;
-  const int units = args.merges * args.kv_heads * kTileRows;
+  const int units = args.counts->merges * args.kv_heads * kTileRows;
   for (int unit = blockIdx.x * kConsumerWarps + warp; unit < units;
        unit += gridDim.x * kConsumerWarps) {
     const int row = unit % kTileRows;
@@ -656,7 +657,8 @@ __device__ __forceinline__ void LeaveCounters(const AttendArgs& args) {
   if (atomicAdd(args.next_work + 1, 1u) != gridDim.x - 1) return;
   args.next_work[0] = 0;
   args.next_work[1] = 0;
-  for (int i = 0; i < args.merges * args.kv_heads; ++i) args.arrived[i] = 0;
+  const int merges = args.counts->merges * args.kv_heads;
+  for (int i = 0; i < merges; ++i) args.arrived[i] = 0;
 }
 
 template <int kHeadDim>
@@ -702,8 +704,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <int kHeadDim>
 void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& plan) {
+  const ChunkPlanner& planner = *context.chunk_planner;
   const int kv_heads = params.layout.num_kv_heads;
-  const size_t slots = static_cast<size_t>(plan.partials) * kv_heads * kTileRows;
+  const size_t slots = static_cast<size_t>(planner.capacity().partials) * kv_heads * kTileRows;
   std::byte* partials =
       context.chunk_partials.Reserve(slots * (kHeadDim * sizeof(float) + sizeof(float2)));
   AttendArgs args;
@@ -724,34 +727,40 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   args.group = params.num_heads / kv_heads;
   args.kv_heads = kv_heads;
   args.scale_log2 = 1.44269504088896f / sqrtf(static_cast<float>(kHeadDim));
-  args.next_work = context.chunk_planner->counters();
+  args.next_work = planner.counters();
   args.arrived = args.next_work + 2;
   constexpr int kSharedBytes = sizeof(AttendShared<kHeadDim>);
   static const cudaError_t raised = cudaFuncSetAttribute(
       ChunkAttendKernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   RESA_CUDA_CHECK(raised);
+  const int grid = std::min(planner.capacity().works * kv_heads, context.device.sms);
+  args.counts = planner.counts();
   for (const ChunkPass& pass : plan.passes) {
-    args.work = context.chunk_planner->work() + pass.work_begin;
-    args.pieces = pass.works * kv_heads;
-    args.merge = context.chunk_planner->merge() + pass.merge_begin;
-    args.merges = pass.merges;
-    LaunchOverlapped(context.stream, ChunkAttendKernel<kHeadDim>,
-                     std::min(args.pieces, context.device.sms), kThreads, kSharedBytes, 1, args);
+    args.work = planner.work() + pass.work_begin;
+    args.merge = planner.merge() + pass.merge_begin;
+    LaunchOverlapped(context.stream, ChunkAttendKernel<kHeadDim>, grid, kThreads, kSharedBytes, 1,
+                     args);
+    ++args.counts;
   }
 }
 
 }  // namespace
 
+const ChunkPlan& PlanChunkAttend(Context& context, const DenseChunk* host_chunks,
+                                 int64_t num_chunks, int num_heads, const KvLayout& layout) {
+  RESA_CHECK(num_heads % layout.num_kv_heads == 0);
+  if (context.chunk_planner == nullptr) context.chunk_planner = std::make_shared<ChunkPlanner>();
+  const ChunkShape shape{num_heads / layout.num_kv_heads, layout.num_kv_heads, context.device.sms,
+                         kTileKeys, context.deterministic};
+  return context.chunk_planner->Plan(host_chunks, num_chunks, shape, context.stream);
+}
+
 void ChunkAttend(Context& context, const ChunkAttendParams& params, const DenseChunk* host_chunks) {
   if (params.num_chunks == 0) return;
   const KvLayout& layout = params.layout;
   RESA_CHECK(layout.kv_dtype == DType::kBF16) << "K and V are " << NameOf(layout.kv_dtype);
-  RESA_CHECK(params.num_heads % layout.num_kv_heads == 0);
-  if (context.chunk_planner == nullptr) context.chunk_planner = std::make_shared<ChunkPlanner>();
-  const ChunkShape shape{params.num_heads / layout.num_kv_heads, layout.num_kv_heads,
-                         context.device.sms, kTileKeys, context.deterministic};
   const ChunkPlan& plan =
-      context.chunk_planner->Plan(host_chunks, params.num_chunks, shape, context.stream);
+      PlanChunkAttend(context, host_chunks, params.num_chunks, params.num_heads, layout);
   switch (layout.head_dim) {
     case 64:
       return Launch<64>(context, params, plan);

@@ -1,6 +1,7 @@
 #include "kernels/cuda/chunk_plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -149,6 +150,8 @@ bool RunsBefore(const ChunkWork& a, const ChunkWork& b) {
   return order(a) < order(b);
 }
 
+int32_t Capacity(size_t count) { return static_cast<int32_t>(std::bit_ceil(count)); }
+
 }  // namespace
 
 ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape) {
@@ -221,9 +224,15 @@ const ChunkPlan& ChunkPlanner::Plan(const DenseChunk* chunks, int64_t num_chunks
 }
 
 void ChunkPlanner::Upload(cudaStream_t stream) {
-  const size_t work_bytes = plan_.work.size() * sizeof(ChunkWork);
-  const size_t merge_bytes = plan_.merge.size() * sizeof(ChunkMerge);
-  const size_t bytes = work_bytes + merge_bytes;
+  capacity_ = {.passes = static_cast<int32_t>(plan_.passes.size()),
+               .works = Capacity(plan_.work.size()),
+               .merges = Capacity(plan_.merge.size()),
+               .partials = Capacity(plan_.partials)};
+  std::vector<ChunkCounts> counts;
+  for (const ChunkPass& pass : plan_.passes) counts.push_back({pass.works, pass.merges});
+  const size_t work_at = counts.size() * sizeof(ChunkCounts);
+  const size_t merge_at = work_at + capacity_.works * sizeof(ChunkWork);
+  const size_t bytes = merge_at + capacity_.merges * sizeof(ChunkMerge);
   Stage& stage = stages_[next_stage_];
   next_stage_ = (next_stage_ + 1) % 4;
   if (stage.copied == nullptr) {
@@ -237,14 +246,17 @@ void ChunkPlanner::Upload(cudaStream_t stream) {
     stage.bytes = bytes + bytes / 2 + 4096;
     RESA_CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&stage.pinned), stage.bytes));
   }
-  std::memcpy(stage.pinned, plan_.work.data(), work_bytes);
-  std::memcpy(stage.pinned + work_bytes, plan_.merge.data(), merge_bytes);
+  std::memcpy(stage.pinned, counts.data(), work_at);
+  std::memcpy(stage.pinned + work_at, plan_.work.data(), plan_.work.size() * sizeof(ChunkWork));
+  std::memcpy(stage.pinned + merge_at, plan_.merge.data(),
+              plan_.merge.size() * sizeof(ChunkMerge));
   std::byte* device = device_.Reserve(bytes);
   RESA_CUDA_CHECK(cudaMemcpyAsync(device, stage.pinned, bytes, cudaMemcpyHostToDevice, stream));
   RESA_CUDA_CHECK(cudaEventRecord(stage.copied, stream));
-  work_ = reinterpret_cast<const ChunkWork*>(device);
-  merge_ = reinterpret_cast<const ChunkMerge*>(device + work_bytes);
-  zeros_ = counters_.Reserve(2 + static_cast<size_t>(plan_.merges) * shape_.kv_heads, stream);
+  counts_ = reinterpret_cast<const ChunkCounts*>(device);
+  work_ = reinterpret_cast<const ChunkWork*>(device + work_at);
+  merge_ = reinterpret_cast<const ChunkMerge*>(device + merge_at);
+  zeros_ = counters_.Reserve(2 + static_cast<size_t>(capacity_.merges) * shape_.kv_heads, stream);
 }
 
 }  // namespace resa::kernels::cuda

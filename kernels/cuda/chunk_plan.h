@@ -49,6 +49,22 @@ struct ChunkPass {
   int32_t merges = 0;
 };
 
+// The counts of a pass, for the kernel.
+struct ChunkCounts {
+  int32_t works = 0;
+  int32_t merges = 0;
+};
+
+// Room for a plan, in powers of two: all that a launch depends on, so that a recorded one may be
+// replayed with another plan of the same capacity.
+struct ChunkCapacity {
+  int32_t passes = 0;  // Exact. More than one are not recorded.
+  int32_t works = 0;
+  int32_t merges = 0;
+  int32_t partials = 0;
+  friend bool operator==(const ChunkCapacity&, const ChunkCapacity&) = default;
+};
+
 struct ChunkPlan {
   std::vector<ChunkWork> work;    // Within a pass the longest first.
   std::vector<ChunkMerge> merge;  // Partials count from 0 in each pass.
@@ -72,7 +88,7 @@ struct ChunkShape {
 ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape);
 
 // The plan of a step on the device. It is made when the list of chunks changes, that is once per
-// step, and read by every layer.
+// step, and read by every layer. Plans of one capacity lie at the same addresses.
 class ChunkPlanner {
  public:
   ChunkPlanner() = default;
@@ -83,10 +99,14 @@ class ChunkPlanner {
   // Enqueues the copy on `stream` when the plan is new.
   const ChunkPlan& Plan(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape,
                         cudaStream_t stream);
-  const ChunkWork* work() const { return work_; }     // device
-  const ChunkMerge* merge() const { return merge_; }  // device
+  const ChunkCapacity& capacity() const { return capacity_; }
+  const ChunkCounts* counts() const { return counts_; }  // device, one per pass
+  const ChunkWork* work() const { return work_; }        // device
+  const ChunkMerge* merge() const { return merge_; }     // device
   // Device memory at zero: two counters, and one for each merge of a pass and KV head.
   uint32_t* counters() const { return zeros_; }
+  // Grows whenever addresses have changed.
+  int generation() const { return device_.generation() + counters_.generation(); }
 
  private:
   struct Stage {
@@ -99,11 +119,13 @@ class ChunkPlanner {
   std::vector<DenseChunk> chunks_;
   ChunkShape shape_;
   ChunkPlan plan_;
+  ChunkCapacity capacity_;
   Scratch device_;
   ZeroedScratch counters_;
   // Used in turn, so that a plan is written while the last one may still be being copied.
   Stage stages_[4];
   int next_stage_ = 0;
+  const ChunkCounts* counts_ = nullptr;
   const ChunkWork* work_ = nullptr;
   const ChunkMerge* merge_ = nullptr;
   uint32_t* zeros_ = nullptr;

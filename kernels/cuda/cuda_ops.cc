@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/check.h"
+#include "kernels/cuda/chunk_plan.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/cublas_library.h"
 #include "kernels/cuda/kernels.h"
@@ -317,11 +318,12 @@ class CudaOps : public Ops {
 
   void DoRunStep(const StepLists& lists, absl::FunctionRef<void()> issue) override {
     step_.Stage(lists, context_.stream);
+    const StepKey key = PlanChunks();
     results_.Reserve(lists.num_samples);
     DropStaleGraphs();
     in_step_ = true;
-    const bool recordable = lists.may_replay && step_.multi_row_chunks().empty();
-    Graph* const graph = recordable ? FindGraph(step_.key()) : nullptr;
+    const bool recordable = lists.may_replay && key.chunk_capacity.passes <= 1;
+    Graph* const graph = recordable ? FindGraph(key) : nullptr;
     if (graph == nullptr || graph->seen < kStepsBeforeRecording) {
       if (graph != nullptr) ++graph->seen;
       issue();
@@ -338,6 +340,17 @@ class CudaOps : public Ops {
     }
     in_step_ = false;
     if (lists.num_samples > 0) FetchResults(lists.results, lists.num_samples);
+  }
+
+  // Plans the step's chunks, and says what tells its recording apart.
+  StepKey PlanChunks() {
+    StepKey key = step_.key();
+    const std::vector<DenseChunk>& chunks = step_.multi_row_chunks();
+    if (chunks.empty()) return key;
+    cuda::PlanChunkAttend(context_, chunks.data(), static_cast<int64_t>(chunks.size()),
+                          step_.lists().num_heads, step_.lists().layout);
+    key.chunk_capacity = context_.chunk_planner->capacity();
+    return key;
   }
 
   void Record(Graph* graph, absl::FunctionRef<void()> issue) {
@@ -370,7 +383,10 @@ class CudaOps : public Ops {
 
   // A recording holds addresses; when memory it used has moved, it is worthless.
   void DropStaleGraphs() {
-    const std::array<int, 7> generations = {step_.generation(),
+    const auto& planner = context_.chunk_planner;
+    const std::array<int, 9> generations = {step_.generation(),
+                                            planner != nullptr ? planner->generation() : 0,
+                                            context_.chunk_partials.generation(),
                                             results_.generation,
                                             context_.cublas_workspace.generation(),
                                             context_.decode_partials.generation(),
@@ -397,7 +413,7 @@ class CudaOps : public Ops {
   bool in_step_ = false;
   bool replaying_ = false;
   std::list<Graph> graphs_;
-  std::array<int, 7> generations_ = {};
+  std::array<int, 9> generations_ = {};
 };
 
 // Empty when the device can be used.

@@ -7,8 +7,8 @@
 // Every pointer of the params is device memory here: cuda_ops.cc has copied the step's lists.
 // A launcher may look at counts, shapes, strides and the layout, which are the same whenever a
 // recorded graph is replayed. It may not look at what lists hold, nor depend on it: grids are sized
-// by counts, by the number of multiprocessors, or not at all. ChunkAttend's plan alone is the
-// host's, since steps with chunks are not recorded.
+// by counts, by the number of multiprocessors, or not at all. ChunkAttend's plan alone is made by
+// the host, for each step, before what is recorded; what its launch depends on is ChunkCapacity.
 //
 // A launcher enqueues on context.stream and returns. It allocates only through Context (outside
 // recordings), never waits, and leaves cudaGetLastError() checked. Activations are bf16, K and V
@@ -24,6 +24,8 @@
 #include "kernels/params.h"
 
 namespace resa::kernels::cuda {
+
+struct ChunkPlan;  // chunk_plan.h
 
 // ---- lists made on the host -------------------------------------------------------------------
 
@@ -86,8 +88,13 @@ void SelectSketch(Context& context, const SelectParams& params);
 // are then not read).
 void DecodeAttend(Context& context, const SparseAttendParams& params, const DecodePlan& plan);
 
-// params.chunks is device memory; `host_chunks` the same list on the host, to plan from. Chunks of
-// any number of rows from 1.
+// Plans ChunkAttend for a step's chunks (host memory) and enqueues the copy: before anything that is
+// recorded or replayed. context.chunk_planner then has the plan.
+const ChunkPlan& PlanChunkAttend(Context& context, const DenseChunk* host_chunks,
+                                 int64_t num_chunks, int num_heads, const KvLayout& layout);
+
+// params.chunks is device memory; `host_chunks` the same list on the host, to plan from unless that
+// has been done. Chunks of any number of rows from 1.
 void ChunkAttend(Context& context, const ChunkAttendParams& params, const DenseChunk* host_chunks);
 
 // One row to sample on the device: SampleRow with device pointers. `out` is device memory.

@@ -63,10 +63,13 @@ void StepMemory::Stage(const StepLists& lists, cudaStream_t stream) {
           .rows = lists.rows,
           .sparse_rows = lists.num_sparse_rows,
           .single_rows = device_.num_single_rows,
+          .chunks = static_cast<int64_t>(chunks_.size()),
+          .writes = device_.num_writes,
           .samples = lists.num_samples,
           .sparse_items = device_.sparse_plan.items_capacity,
           .dense_items = device_.single_plan.items_capacity,
-          .table_stride = table_stride_};
+          .table_stride = table_stride_,
+          .chunk_capacity = {}};
 }
 
 void StepMemory::AddWrites(const KvRun& run) {

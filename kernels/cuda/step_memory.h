@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cuda/chunk_plan.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/params.h"
@@ -29,10 +30,13 @@ struct StepKey {
   int64_t rows = 0;
   int64_t sparse_rows = 0;
   int64_t single_rows = 0;  // Dense chunks of one row.
+  int64_t chunks = 0;       // Those of several.
+  int64_t writes = 0;
   int64_t samples = 0;
   int64_t sparse_items = 0;  // Capacities of the plans: powers of two.
   int64_t dense_items = 0;
   int64_t table_stride = 0;
+  ChunkCapacity chunk_capacity = {};  // Added by who plans the chunks.
   friend bool operator==(const StepKey&, const StepKey&) = default;
 };
 

@@ -224,6 +224,7 @@ class DeviceBench {
     kernels::StepLists lists = world.lists();
     lists.chunks = chunks.data();
     lists.num_chunks = static_cast<int64_t>(chunks.size());
+    lists.num_heads = world.num_heads();
     const auto params = [&](int layer) {
       return kernels::ChunkAttendParams{.q = world.q(),
                                         .num_heads = world.num_heads(),

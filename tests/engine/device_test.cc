@@ -304,6 +304,7 @@ struct Agreement {
   double mean_loss = 0, worst_loss = 0;  // Of attention, by those.
   int replays_that_differ = 0;           // Steps that gave other bits when they ran as in service.
   int64_t sparse_rows = 0, steps_replayed = 0;
+  int64_t windows = 0, windows_replayed = 0;  // Rectifications.
 };
 
 // One sequence, step by step: on the device looked at; on the CPU with the blocks that the device
@@ -329,7 +330,12 @@ Agreement CompareGreedy(const LoadedModel& model, const kernels::SelectorSpec& s
     const kernels::SampleResult looked_at = device.Step(segment, nullptr);
     const kernels::SampleResult expected = cpu.Step(segment, &device.chosen());
     StepOutput output;
+    const int64_t replayed = device_ops->counters().steps_replayed;
     RESA_CHECK(service.executor()->Execute({{}, {segment}}, &output).ok());
+    if (emitted > 0 && segment.tokens.size() > 1) {
+      ++agreement.windows;
+      agreement.windows_replayed += device_ops->counters().steps_replayed - replayed;
+    }
     driver.Finish(sampled ? &expected : nullptr);
     if (!sampled) continue;
     ++agreement.tokens;
@@ -364,10 +370,12 @@ void ExpectAgreement(const LoadedModel& model, const kernels::SelectorSpec& sele
         CompareGreedy(model, selector, MakeRequest(mode, prompt, output), feed, ops.get());
     std::printf(
         "%-26s %-9s %3d tokens, %2d near ties (%.2f of the bound), logprobs within %.4f, "
-        "%lld of %lld blocks differ (loss %.1e, at worst %.1e), %lld steps replayed\n",
+        "%lld of %lld blocks differ (loss %.1e, at worst %.1e), %lld steps replayed, %lld of %lld "
+        "windows\n",
         name.c_str(), std::string(NameOf(mode)).c_str(), a.tokens, a.near_ties, a.worst_gap,
         a.worst_logprob, static_cast<long long>(a.differing), static_cast<long long>(a.kept),
-        a.mean_loss, a.worst_loss, static_cast<long long>(a.steps_replayed));
+        a.mean_loss, a.worst_loss, static_cast<long long>(a.steps_replayed),
+        static_cast<long long>(a.windows_replayed), static_cast<long long>(a.windows));
     const std::string where = name + ", " + std::string(NameOf(mode));
     EXPECT_EQ(a.tokens, output) << where;
     EXPECT_LE(a.worst_gap, 1.0) << where;
@@ -379,6 +387,8 @@ void ExpectAgreement(const LoadedModel& model, const kernels::SelectorSpec& sele
     EXPECT_EQ(a.sparse_rows > 0, mode != AttentionMode::kDense) << where;
     if (target != Target::kCuda) continue;
     EXPECT_GT(a.steps_replayed, output / 2) << where;
+    // Windows are recorded when two of the same counts have been seen.
+    if (a.windows > 6) EXPECT_GT(a.windows_replayed, a.windows / 2) << where;
   }
 }
 

@@ -388,7 +388,9 @@ void ExpectAgreement(const LoadedModel& model, const kernels::SelectorSpec& sele
     if (target != Target::kCuda) continue;
     EXPECT_GT(a.steps_replayed, output / 2) << where;
     // Windows are recorded when two of the same counts have been seen.
-    if (a.windows > 6) EXPECT_GT(a.windows_replayed, a.windows / 2) << where;
+    if (a.windows > 6) {
+      EXPECT_GT(a.windows_replayed, a.windows / 2) << where;
+    }
   }
 }
 

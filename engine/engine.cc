@@ -259,6 +259,7 @@ void Engine::ApplyPlan() {
     input.tokens = absl::MakeConstSpan(sequence->tokens).subspan(work.begin, segment.rows());
     input.position = work.begin;
     input.pages = sequence->pages;
+    input.pages_id = sequence->pages.id();
     input.sparse = work.sparse;
     if (work.emits) input.sample = sequence->sampler.Next();
     segments_.push_back(input);
@@ -276,7 +277,7 @@ void Engine::GivePages(Sequence* sequence, const Work& work) {
     RESA_CHECK(copy.has_value()) << "the plan gave away more pages than there are";
     copies_.push_back(PageCopy{shared.value, copy->value});
     pool_.Release(shared);
-    sequence->pages[i] = copy->value;
+    sequence->pages.Replace(i, copy->value);
   }
   while (static_cast<int32_t>(sequence->pages.size()) < pages) {
     const std::optional<PageId> page = pool_.Allocate();
@@ -371,7 +372,7 @@ void Engine::ForkSiblings(const Sequence& first) {
     sequence->rectified_len = sequence->kv_len;
     sequence->cached_tokens = sequence->kv_len;
     const int32_t pages = PagesFor(sequence->kv_len);
-    sequence->pages.assign(first.pages.begin(), first.pages.begin() + pages);
+    sequence->pages.Assign(absl::MakeConstSpan(first.pages).first(pages));
     for (int32_t page : sequence->pages) pool_.AddOwner(PageId{page});
     if (IsActive(*sequence)) ++active_;
   }

@@ -21,6 +21,7 @@ struct SegmentInput {
   absl::Span<const int32_t> tokens;         // Never empty; one token when sparse.
   int32_t position = 0;                     // Of tokens[0].
   absl::Span<const int32_t> pages;          // Page table, covers position + tokens.size().
+  uint64_t pages_id = 0;                    // PageTable::id(); 0: unknown, nothing may be assumed.
   std::optional<SparseBudget> sparse = {};  // Unset: dense.
   // Set: sample after the last token. `row` is filled in by the executor.
   std::optional<kernels::SampleRow> sample = {};

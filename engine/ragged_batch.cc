@@ -24,6 +24,8 @@ RaggedBatch::RaggedBatch(const BatchLimits& limits, const kernels::KvLayout& lay
   sampled_rows_.reserve(limits.max_segments);
   samples_.reserve(limits.max_segments);
   pages_.resize(static_cast<size_t>(limits.max_segments) * limits.max_pages_per_sequence);
+  held_.resize(limits.max_segments);
+  known_pages_.reserve(limits.max_segments);
 }
 
 int64_t RaggedBatch::MaxBlockIds(const BatchLimits& limits, const kernels::KvLayout& layout) {
@@ -40,6 +42,7 @@ void RaggedBatch::Build(absl::Span<const SegmentInput> segments) {
   sparse_rows_.clear();
   sampled_rows_.clear();
   samples_.clear();
+  known_pages_.clear();
   num_block_ids_ = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     CheckSegment(segments[i]);
@@ -60,6 +63,7 @@ kernels::StepLists RaggedBatch::Lists(kernels::SampleResult* results) const {
   lists.num_chunks = static_cast<int64_t>(dense_chunks_.size());
   lists.tables = tables();
   lists.num_tables = lists.num_runs;
+  lists.known_pages = known_pages_.data();
   lists.layout = layout_;
   lists.sampled_rows = sampled_rows_.data();
   lists.samples = samples_.data();
@@ -75,9 +79,6 @@ void RaggedBatch::CheckSegment(const SegmentInput& segment) const {
   const int64_t pages = static_cast<int64_t>(segment.pages.size());
   RESA_CHECK_LE(pages, limits_.max_pages_per_sequence);
   RESA_CHECK_LE(kv_len, pages * kernels::kPageTokens);
-  for (const int32_t page : segment.pages) {
-    RESA_CHECK(page >= 0 && page < layout_.num_pages) << "page " << page;
-  }
   RESA_CHECK_LE(tokens_.size() + segment.tokens.size(), static_cast<size_t>(limits_.max_rows));
   if (!segment.sparse.has_value()) return;
   RESA_CHECK_EQ(segment.tokens.size(), 1u);
@@ -94,9 +95,7 @@ void RaggedBatch::AppendSegment(const SegmentInput& segment, int32_t table) {
   const int32_t count = static_cast<int32_t>(segment.tokens.size());
   tokens_.insert(tokens_.end(), segment.tokens.begin(), segment.tokens.end());
   for (int32_t i = 0; i < count; ++i) positions_.push_back(segment.position + i);
-  std::copy(segment.pages.begin(), segment.pages.end(),
-            pages_.begin() + int64_t{table} * limits_.max_pages_per_sequence);
-
+  TakeTable(segment, table);
   runs_.push_back({row_begin, count, segment.position, table});
   if (segment.sparse.has_value()) {
     sparse_rows_.push_back(MakeSparseRow(segment, row_begin, table));
@@ -110,6 +109,23 @@ void RaggedBatch::AppendSegment(const SegmentInput& segment, int32_t table) {
     samples_.back().row = static_cast<int32_t>(sampled_rows_.size());
     sampled_rows_.push_back(row_begin + count - 1);
   }
+}
+
+void RaggedBatch::TakeTable(const SegmentInput& segment, int32_t table) {
+  HeldTable& held = held_[table];
+  int32_t* const to = pages_.data() + int64_t{table} * limits_.max_pages_per_sequence;
+  const auto count = static_cast<int32_t>(segment.pages.size());
+  const bool same = segment.pages_id != 0 && segment.pages_id == held.id;
+  const int32_t known = same ? std::min(held.pages, count) : 0;
+  // The promise of an id, where it is cheapest to break: at the end.
+  RESA_CHECK(known == 0 || to[known - 1] == segment.pages[known - 1]) << "table " << held.id;
+  for (int32_t i = known; i < count; ++i) {
+    const int32_t page = segment.pages[i];
+    RESA_CHECK(page >= 0 && page < layout_.num_pages) << "page " << page;
+    to[i] = page;
+  }
+  held = {segment.pages_id, same ? std::max(held.pages, count) : count};
+  known_pages_.push_back(known);
 }
 
 kernels::SparseRow RaggedBatch::MakeSparseRow(const SegmentInput& segment, int32_t row,

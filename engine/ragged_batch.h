@@ -61,6 +61,7 @@ class RaggedBatch {
 
  private:
   void CheckSegment(const SegmentInput& segment) const;
+  void TakeTable(const SegmentInput& segment, int32_t table);
   void AppendSegment(const SegmentInput& segment, int32_t table);
   kernels::SparseRow MakeSparseRow(const SegmentInput& segment, int32_t row, int32_t table) const;
 
@@ -73,7 +74,15 @@ class RaggedBatch {
   std::vector<kernels::KvRun> runs_;
   std::vector<kernels::DenseChunk> dense_chunks_;
   std::vector<kernels::SparseRow> sparse_rows_;
-  std::vector<int32_t> pages_;  // [max_segments, max_pages_per_sequence]
+  // Tables stay from step to step: of one whose id is still the same only what was appended is
+  // looked at. A step at long context would otherwise spend most of its time on the host here.
+  struct HeldTable {
+    uint64_t id = 0;
+    int32_t pages = 0;
+  };
+  std::vector<int32_t> pages_;        // [max_segments, max_pages_per_sequence]
+  std::vector<HeldTable> held_;       // [max_segments]
+  std::vector<int32_t> known_pages_;  // [segments]: entries that were there in the last step.
   int64_t num_block_ids_ = 0;
   std::vector<int32_t> sampled_rows_;
   std::vector<kernels::SampleRow> samples_;

@@ -22,6 +22,7 @@
 #include "absl/types/span.h"
 #include "engine/attention_policy.h"
 #include "engine/detokenizer.h"
+#include "engine/page_table.h"
 #include "engine/request.h"
 #include "engine/sampler.h"
 #include "kernels/params.h"
@@ -43,7 +44,7 @@ struct Sequence {
   int32_t prompt_len = 0;
   int32_t max_output = 0;  // Output tokens at most.
 
-  std::vector<int32_t> pages;  // Page table; covers kv_len. Each entry is one ownership.
+  PageTable pages;  // Covers kv_len. Each entry is one ownership.
   int32_t kv_len = 0;
   int32_t rectified_len = 0;
   // Tokens below are prefilled densely: the prompt, and after a preemption all that was exact.

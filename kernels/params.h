@@ -334,8 +334,11 @@ struct StepLists {
   int64_t num_chunks = 0;
   PageTables tables = {};
   int64_t num_tables = 0;  // S
+  // [S] or null: how many entries of a table are what they were when a step of the same owner last
+  // had a table in this row. Null: any may have changed.
+  const int32_t* known_pages = nullptr;
   KvLayout layout = {};
-  int num_heads = 0;  // Hq
+  int num_heads = 0;                      // Hq
   const int32_t* sampled_rows = nullptr;  // [R]
   const SampleRow* samples = nullptr;     // [R]
   int64_t num_samples = 0;                // R

@@ -181,26 +181,35 @@ void StepMemory::Pack(cudaStream_t stream) {
       cudaMemcpyAsync(device_block_, host_block_, packer.used(), cudaMemcpyHostToDevice, stream));
 }
 
-void StepMemory::CopyTables(cudaStream_t stream) {
+void StepMemory::ReserveTables(cudaStream_t stream) {
   const int64_t stride = lists_.tables.stride;
   const int64_t entries = lists_.num_tables * stride;
-  if (entries > table_entries_ || stride != table_stride_) {
-    RESA_CUDA_CHECK(cudaDeviceSynchronize());
-    if (entries > table_entries_) {
-      cudaFreeHost(host_tables_);
-      cudaFree(device_tables_);
-      table_entries_ = std::max<int64_t>(entries, 2 * table_entries_);
-      const size_t bytes = static_cast<size_t>(table_entries_) * sizeof(int32_t);
-      RESA_CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&host_tables_), bytes));
-      RESA_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&device_tables_), bytes));
-    }
+  if (entries <= table_entries_ && stride == table_stride_) return;
+  RESA_CUDA_CHECK(cudaDeviceSynchronize());
+  if (entries > table_entries_) {
+    cudaFreeHost(host_tables_);
+    cudaFree(device_tables_);
+    table_entries_ = std::max<int64_t>(entries, 2 * table_entries_);
     const size_t bytes = static_cast<size_t>(table_entries_) * sizeof(int32_t);
-    std::memset(host_tables_, 0, bytes);
-    RESA_CUDA_CHECK(cudaMemsetAsync(device_tables_, 0, bytes, stream));
-    table_stride_ = stride;
-    ++generation_;
+    RESA_CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&host_tables_), bytes));
+    RESA_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&device_tables_), bytes));
   }
-  device_.tables = {device_tables_, stride};
+  const size_t bytes = static_cast<size_t>(table_entries_) * sizeof(int32_t);
+  std::memset(host_tables_, 0, bytes);
+  RESA_CUDA_CHECK(cudaMemsetAsync(device_tables_, 0, bytes, stream));
+  table_stride_ = stride;
+  table_pages_.clear();
+  ++generation_;
+}
+
+void StepMemory::CopyTables(cudaStream_t stream) {
+  ReserveTables(stream);
+  if (lists_.owner != tables_owner_ || lists_.known_pages == nullptr) table_pages_.clear();
+  tables_owner_ = lists_.owner;
+  if (static_cast<int64_t>(table_pages_.size()) < lists_.num_tables) {
+    table_pages_.resize(static_cast<size_t>(lists_.num_tables));
+  }
+  device_.tables = {device_tables_, lists_.tables.stride};
   // A sequence's table is the same as in the last step but for a page now and then, as long as the
   // sequences keep their places.
   for (int64_t i = 0; i < lists_.num_runs; ++i) {
@@ -217,9 +226,15 @@ void StepMemory::CopyTables(cudaStream_t stream) {
 
 void StepMemory::CopyTable(int32_t table, int64_t tokens, cudaStream_t stream) {
   const int64_t used = (tokens + kPageTokens - 1) / kPageTokens;
+  int64_t known = 0;
+  if (lists_.known_pages != nullptr) {
+    known = std::min<int64_t>(lists_.known_pages[table], table_pages_[static_cast<size_t>(table)]);
+  }
+  table_pages_[static_cast<size_t>(table)] = std::max(known, used);
+  if (used <= known) return;
   const int32_t* const from = lists_.tables.pages + table * table_stride_;
   int32_t* const to = host_tables_ + table * table_stride_;
-  const auto first = std::mismatch(from, from + used, to).first - from;
+  const auto first = std::mismatch(from + known, from + used, to + known).first - from;
   if (first == used) return;
   const size_t bytes = static_cast<size_t>(used - first) * sizeof(int32_t);
   std::memcpy(to + first, from + first, bytes);

@@ -84,6 +84,7 @@ class StepMemory {
   void AddWrites(const KvRun& run);
   DecodePlan PlanOf(const std::vector<SparseRow>& rows, bool sparse, int64_t* items);
   void Pack(cudaStream_t stream);
+  void ReserveTables(cudaStream_t stream);
   void CopyTables(cudaStream_t stream);
   void CopyTable(int32_t table, int64_t tokens, cudaStream_t stream);
   void GrowBlock(size_t bytes);
@@ -105,6 +106,8 @@ class StepMemory {
   size_t block_bytes_ = 0;
   int32_t* host_tables_ = nullptr;  // Pinned; what the device has.
   int32_t* device_tables_ = nullptr;
+  const void* tables_owner_ = nullptr;  // Of the last step.
+  std::vector<int64_t> table_pages_;    // Entries of its tables that the device has.
   int64_t table_entries_ = 0;
   int64_t table_stride_ = 0;
   cudaEvent_t copied_ = nullptr;

@@ -128,6 +128,7 @@ void BenchRun::AddSegment(int32_t index, StepRecord* record) {
   segments_.push_back({.tokens = absl::MakeConstSpan(sequence.tokens).subspan(work.begin, rows),
                        .position = work.begin,
                        .pages = deal_.pages(index),
+                       .pages_id = deal_.pages_id(index),
                        .sparse = work.sparse,
                        .sample = sequence.sampler.Next()});
   record->rows += rows;

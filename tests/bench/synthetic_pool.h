@@ -27,6 +27,8 @@ class PageDeal {
     return absl::MakeConstSpan(pages_).subspan(static_cast<size_t>(sequence) * per_sequence_,
                                                per_sequence_);
   }
+  // As PageTable::id(), among the tables of this deal.
+  uint64_t pages_id(int sequence) const { return static_cast<uint64_t>(sequence) + 1; }
   kernels::PageTables tables() const { return {pages_.data(), per_sequence_}; }
 
  private:

@@ -120,6 +120,41 @@ TEST(RaggedBatchTest, BuildForgetsTheLastStepAndMovesNothing) {
   EXPECT_EQ(batch.tables().pages, pages);
 }
 
+TEST(RaggedBatchTest, LooksOnlyAtWhatWasAppendedToATableItHolds) {
+  RaggedBatch batch(Limits(), Layout());
+  const std::vector<int32_t> one = {1};
+  const auto step = [&](std::vector<std::pair<uint64_t, std::vector<int32_t>>> tables) {
+    std::vector<SegmentInput> segments;
+    for (auto& [id, pages] : tables) {
+      segments.push_back(Segment(one, 0, pages));
+      segments.back().pages_id = id;
+    }
+    batch.Build(segments);
+    const int32_t* const known = batch.Lists(nullptr).known_pages;
+    return std::vector<int32_t>(known, known + tables.size());
+  };
+  const auto table = [&](int row) {
+    const int32_t* const pages = batch.tables().pages + row * batch.tables().stride;
+    return std::vector<int32_t>(pages, pages + 3);
+  };
+  EXPECT_THAT(step({{7, {1, 2}}, {0, {3, 4}}}), ElementsAre(0, 0));
+  // The same table, longer; and one of which nothing is known.
+  EXPECT_THAT(step({{7, {1, 2, 5}}, {0, {3, 4}}}), ElementsAre(2, 0));
+  EXPECT_THAT(table(0), ElementsAre(1, 2, 5));
+  // What an id promises is not looked at again.
+  EXPECT_THAT(step({{7, {9, 2, 5}}}), ElementsAre(3));
+  EXPECT_THAT(table(0), ElementsAre(1, 2, 5));
+  // Another table in its place, then the first one in another place.
+  EXPECT_THAT(step({{8, {6, 2, 5}}, {7, {1, 2, 5}}}), ElementsAre(0, 0));
+  EXPECT_THAT(table(0), ElementsAre(6, 2, 5));
+  EXPECT_THAT(table(1), ElementsAre(1, 2, 5));
+  // A row that stood out for a step still has its table; a shorter view of it is the same table.
+  EXPECT_THAT(step({{8, {6, 2, 5}}}), ElementsAre(3));
+  EXPECT_THAT(step({{8, {6}}, {7, {1, 2, 5}}}), ElementsAre(1, 3));
+  EXPECT_THAT(step({{8, {6, 2, 5}}}), ElementsAre(3));
+  EXPECT_THAT(table(0), ElementsAre(6, 2, 5));
+}
+
 using RaggedBatchDeathTest = ::testing::Test;
 
 TEST(RaggedBatchDeathTest, RefusesWhatWouldReadOrWriteElsewhere) {

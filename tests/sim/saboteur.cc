@@ -136,6 +136,7 @@ absl::Status Saboteur::ReadForeignPage(const engine::StepInput& input, engine::S
   if (table[0] != other.pages[0]) ++planted_;
   table[0] = other.pages[0];
   victim.pages = table;
+  victim.pages_id = 0;
   return honest_->Execute({input.copies, segments}, output);
 }
 

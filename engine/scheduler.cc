@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "absl/strings/str_format.h"
@@ -17,9 +18,10 @@ absl::Status ValidateLimits(const SchedulerLimits& limits) {
     return absl::InvalidArgumentError(
         absl::StrFormat("min_chunk_tokens: %d, must be at least 1", limits.min_chunk_tokens));
   }
-  if (limits.sparse_from < 0) {
+  if (limits.sparse_from < 0 || limits.sparse_step_tokens < 0) {
     return absl::InvalidArgumentError(
-        absl::StrFormat("sparse_from: %d, must not be negative", limits.sparse_from));
+        absl::StrFormat("sparse_from: %d, sparse_step_tokens: %d, must not be negative",
+                        limits.sparse_from, limits.sparse_step_tokens));
   }
   const int64_t least =
       int64_t{limits.max_sequences} + kMaxRectifyInterval + limits.min_chunk_tokens;
@@ -68,7 +70,21 @@ void Scheduler::Plan(absl::Span<const Sequence* const> sequences, const KvPool& 
   std::erase_if(plan->stalled, [&](int32_t index) { return claims_[index].preempted; });
 }
 
+// The length from which sequences decode sparsely in this step.
+int32_t Scheduler::SparseFrom() const {
+  if (limits_.sparse_step_tokens == 0) return limits_.sparse_from;
+  int64_t tokens = 0;
+  for (const Sequence* sequence : sequences_) {
+    if (!sequence->running || sequence->prefilling()) continue;
+    const Work work = NextWork(*sequence, limits_.selector, limits_.sparse_from);
+    if (work.sparse.has_value()) tokens += work.end - limits_.sparse_from;
+  }
+  return tokens >= limits_.sparse_step_tokens ? limits_.sparse_from
+                                              : std::numeric_limits<int32_t>::max();
+}
+
 void Scheduler::ClaimDecodeRows(StepPlan* plan) {
+  const int32_t sparse_from = SparseFrom();
   due_.clear();
   bool prompts_wait = false;
   for (int32_t index : rank_) {
@@ -83,7 +99,7 @@ void Scheduler::ClaimDecodeRows(StepPlan* plan) {
       continue;
     }
     Claim& claim = claims_[index];
-    claim.work = NextWork(sequence, limits_.selector, limits_.sparse_from);
+    claim.work = NextWork(sequence, limits_.selector, sparse_from);
     --rows_left_;
     if (claim.work.kind == SegmentKind::kRectification) {
       due_.push_back(index);

@@ -31,6 +31,9 @@ struct SchedulerLimits {
   int32_t max_sequences = 32;     // Sequences that run at a time.
   int32_t min_chunk_tokens = 32;  // Rows left to prefill beside rectifications.
   int32_t sparse_from = 0;        // Shorter sequences take the dense path; in tokens.
+  // So do all in a step where those that could be sparse have fewer tokens than this beyond
+  // sparse_from, in all. 0: a sequence's path does not depend on the others.
+  int64_t sparse_step_tokens = 0;
   kernels::SelectorSpec selector;
 };
 
@@ -67,6 +70,7 @@ class Scheduler {
     int32_t granted_pages = 0;
   };
 
+  int32_t SparseFrom() const;
   void ClaimDecodeRows(StepPlan* plan);
   void ClaimPrefillRows();
   void GrantPages(StepPlan* plan);

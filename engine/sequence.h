@@ -75,7 +75,8 @@ struct Sequence {
 };
 
 // The next segment of a sequence when rows and pages are no object. Depends on the request's own
-// tokens and policy alone, never on load.
+// tokens and policy and on `sparse_from` alone: never on load, unless the scheduler lets that decide
+// by a step's tokens.
 struct Work {
   SegmentKind kind = SegmentKind::kPrefill;
   int32_t begin = 0;  // Token positions [begin, end).

@@ -1,6 +1,7 @@
 #include "engine/step_cost.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "kernels/check.h"
@@ -90,6 +91,7 @@ StepCost SparseStepCost(const ModelConfig& config, const kernels::KvLayout& layo
   cost.select = Times(RooflineOf(select), config.num_layers);
   cost.sparse_attend = Times(RooflineOf(attend), config.num_layers);
   cost.sparse_layers = config.num_layers;
+  cost.selector = layout.selector.kind;
   return cost;
 }
 
@@ -102,7 +104,7 @@ double SecondsOf(const StepCost& cost, const kernels::Ceilings& ceilings) {
   return seconds(cost.linear, kLinearShare) + seconds(cost.head, kLinearShare) +
          seconds(cost.select, kSelectShare) + seconds(cost.sparse_attend, kSparseAttendShare) +
          seconds(cost.dense_attend, kDenseAttendShare) +
-         2 * cost.sparse_layers * ceilings.op_seconds;
+         cost.sparse_layers * ceilings.SelectionSeconds(cost.selector);
 }
 
 AttentionForecast Forecast(const ModelConfig& config, const kernels::KvLayout& layout,
@@ -151,6 +153,25 @@ int32_t SparseFromFor(const ModelConfig& config, const kernels::KvLayout& layout
     answer = from;
   }
   return static_cast<int32_t>(answer);
+}
+
+SparseFromBatch SparseFromForBatch(const ModelConfig& config, const kernels::KvLayout& layout,
+                                   const AttentionPolicy& policy, int32_t max_context,
+                                   const kernels::Ceilings& ceilings) {
+  // Costs are lines in the context: two lengths beyond every floor and fixed budget tell the slope.
+  constexpr int32_t kNear = 65536, kFar = 131072;
+  const auto gain = [&](int32_t context) {
+    const AttentionForecast forecast = Forecast(config, layout, policy, context, ceilings);
+    const bool rectified = policy.mode == AttentionMode::kRectified;
+    return forecast.dense_seconds - forecast.sparse_seconds -
+           (rectified ? forecast.rectification_seconds : 0);
+  };
+  const double seconds_per_token = (gain(kFar) - gain(kNear)) / (kFar - kNear);
+  if (seconds_per_token <= 0) return {max_context + 1, 0};
+  const double tokens =
+      config.num_layers * ceilings.SelectionSeconds(layout.selector.kind) / seconds_per_token;
+  return {kLeastBatchSparseFrom,
+          static_cast<int64_t>(std::ceil(tokens / kLeastBatchSparseFrom)) * kLeastBatchSparseFrom};
 }
 
 }  // namespace resa::engine

@@ -10,7 +10,7 @@
 // kernels reach the shares b and c of the ceilings (kLinearShare and the others below). A decode
 // step of one sequence of n tokens is
 //   dense    linear(1 row) + attend(1 row, n tokens)
-//   sparse   linear(1 row) + select(n tokens) + attend(kept tokens) + 2 op_seconds a layer
+//   sparse   linear(1 row) + select(n tokens) + attend(kept tokens) + SelectionSeconds() a layer
 // and a rectified token the average of a cycle of f = rectify_interval: f - 1 sparse steps, then
 //   window   linear(f rows) + attend(f rows, n tokens)
 // so that rectification adds (window - sparse) / f to every token. Norms, rotary embedding and
@@ -33,7 +33,8 @@ struct StepCost {
   kernels::Roofline select;
   kernels::Roofline sparse_attend;
   kernels::Roofline dense_attend;
-  int sparse_layers = 0;  // Layers that select.
+  int sparse_layers = 0;  // Layers that select, and how.
+  kernels::SelectorKind selector = {};
 };
 
 // One row whose token is the context-th, > 0, attending to everything or to the budget's blocks.
@@ -86,6 +87,23 @@ int32_t SparseFromFor(const ModelConfig& config, const kernels::KvLayout& layout
                       const AttentionPolicy& policy, int32_t max_context,
                       const kernels::Ceilings& ceilings);
 inline constexpr int32_t kLeastSparseFrom = 256;
+
+// The same where a row's result may depend on the other rows. What selection takes however little
+// there is to do is then paid by all sparse rows of a step together, so that a step is sparse from
+// a number of tokens that they have in all.
+struct SparseFromBatch {
+  // Shorter sequences decode densely. A rectification takes some 40 us a layer on a GPU, however
+  // short the context, which no sequence below kLeastBatchSparseFrom gains in a cycle.
+  int32_t sequence_tokens = 0;
+  // What the others must have beyond that, in all; a multiple of kLeastBatchSparseFrom.
+  int64_t step_tokens = 0;
+};
+// With rectification paid where the policy's mode has it. sequence_tokens is max_context + 1 when
+// more tokens never pay.
+SparseFromBatch SparseFromForBatch(const ModelConfig& config, const kernels::KvLayout& layout,
+                                   const AttentionPolicy& policy, int32_t max_context,
+                                   const kernels::Ceilings& ceilings);
+inline constexpr int32_t kLeastBatchSparseFrom = 4096;
 
 }  // namespace resa::engine
 

@@ -5,6 +5,8 @@
 // needs). Measured, since no data sheet knows the memory slots that are filled, the clock under
 // wide vectors or the neighbours on the host.
 
+#include "kernels/params.h"
+
 namespace resa::kernels {
 
 // Of one backend with all the threads it was given. Both are above 0.
@@ -16,9 +18,15 @@ struct Ceilings {
   // device with matrix units: a large bf16 product with f32 sums by the vendor's library, on random
   // values, so the share of it that a kernel reaches can pass 100 % by a little.
   double flops_per_s = 0;
-  // What an op takes however little it has to do, in seconds: a CPU's threads meet, a device's
-  // kernel starts, fetches one thing after the other and ends. Known of the backend, not measured.
-  double op_seconds = 2e-6;
+  // What a layer's selection and sparse attention take beyond dense attention however little there
+  // is to do, in seconds: a CPU's threads meet, a device's kernels start, fetch one thing after the
+  // other and end. By selector. Known of the backend, not measured.
+  double minmax_seconds = 4e-6;
+  double sketch_seconds = 4e-6;
+
+  double SelectionSeconds(SelectorKind kind) const {
+    return kind == SelectorKind::kMinMax ? minmax_seconds : sketch_seconds;
+  }
 };
 
 }  // namespace resa::kernels

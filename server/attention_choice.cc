@@ -30,17 +30,21 @@ std::string ModeReason(engine::AttentionMode mode, const engine::AttentionForeca
       100 * engine::kMaxRectificationShare);
 }
 
-std::string SparseFromReason(int32_t sparse_from, int32_t longest_context) {
-  if (sparse_from > longest_context) {
+std::string SparseFromReason(const AttentionChoice& choice, int32_t longest_context) {
+  if (choice.sparse_from > longest_context) {
     return absl::StrCat("every step dense, since up to ", longest_context,
                         " tokens sparse steps do not pay");
   }
-  return absl::StrCat("sparse from ", sparse_from, " tokens, where that begins to pay");
+  if (choice.sparse_step_tokens == 0) {
+    return absl::StrCat("sparse from ", choice.sparse_from, " tokens, where that begins to pay");
+  }
+  return absl::StrCat("sparse in steps with ", choice.sparse_step_tokens, " tokens beyond the ",
+                      choice.sparse_from, "th of each sequence, where that begins to pay");
 }
 
 }  // namespace
 
-AttentionChoice ChooseAttention(const AttentionOptions& options, bool on_gpu,
+AttentionChoice ChooseAttention(const AttentionOptions& options, const AttentionDevice& device,
                                 const engine::ModelConfig& model, const kernels::KvLayout& layout,
                                 int32_t longest_context, kernels::Ops* ops) {
   AttentionChoice choice;
@@ -63,14 +67,21 @@ AttentionChoice ChooseAttention(const AttentionOptions& options, bool on_gpu,
   if (options.auto_mode) {
     // Matrix units do the arithmetic of rectification beside the reading of memory.
     choice.default_policy.mode =
-        on_gpu ? engine::AttentionMode::kRectified : engine::ModeFor(forecast);
+        device.on_gpu ? engine::AttentionMode::kRectified : engine::ModeFor(forecast);
     absl::StrAppend(&reason, ModeReason(choice.default_policy.mode, forecast));
   }
   if (!options.sparse_from.has_value()) {
-    choice.sparse_from =
-        engine::SparseFromFor(model, layout, options.default_policy, longest_context, ceilings);
+    if (device.deterministic) {
+      choice.sparse_from =
+          engine::SparseFromFor(model, layout, choice.default_policy, longest_context, ceilings);
+    } else {
+      const engine::SparseFromBatch from = engine::SparseFromForBatch(
+          model, layout, choice.default_policy, longest_context, ceilings);
+      choice.sparse_from = from.sequence_tokens;
+      choice.sparse_step_tokens = from.step_tokens;
+    }
     absl::StrAppend(&reason, options.auto_mode ? "; " : "",
-                    SparseFromReason(choice.sparse_from, longest_context));
+                    SparseFromReason(choice, longest_context));
   }
   choice.description.set_reason(std::move(reason));
   return choice;

@@ -16,15 +16,22 @@ namespace resa::server {
 
 struct AttentionChoice {
   engine::AttentionPolicy default_policy;
-  int32_t sparse_from = 0;  // In tokens; beyond longest_context when sparse steps never pay.
+  int32_t sparse_from = 0;         // In tokens; beyond longest_context when sparse steps never pay.
+  int64_t sparse_step_tokens = 0;  // engine::SchedulerLimits.
   resa::v1::AttentionChoice description;  // For GetModel; its reason for the log, too.
+};
+
+// What is run on.
+struct AttentionDevice {
+  bool on_gpu = false;
+  bool deterministic = true;  // A sequence's path may not depend on the others.
 };
 
 // Measures the machine (half a second) when anything is "auto" that depends on it. Mode: RECTIFIED
 // on a GPU, whose matrix units have the arithmetic to spare; on the CPU engine::ModeFor at
 // engine::kReferenceContext tokens, or at `longest_context`, what one sequence may hold, when that
 // is less.
-AttentionChoice ChooseAttention(const AttentionOptions& options, bool on_gpu,
+AttentionChoice ChooseAttention(const AttentionOptions& options, const AttentionDevice& device,
                                 const engine::ModelConfig& model, const kernels::KvLayout& layout,
                                 int32_t longest_context, kernels::Ops* ops);
 

@@ -40,11 +40,12 @@ std::string Describe(const engine::AttentionPolicy& policy, int32_t sparse_from)
       policy.sink_tokens, policy.rectify_interval, sparse_from);
 }
 
-engine::SchedulerLimits SchedulerLimitsFor(const Config& config, int32_t sparse_from) {
+engine::SchedulerLimits SchedulerLimitsFor(const Config& config, const AttentionChoice& attention) {
   engine::SchedulerLimits limits;
   limits.max_step_tokens = config.limits.max_step_tokens;
   limits.max_sequences = config.limits.max_sequences;
-  limits.sparse_from = sparse_from;
+  limits.sparse_from = attention.sparse_from;
+  limits.sparse_step_tokens = attention.sparse_step_tokens;
   limits.selector = config.pool.selector;
   return limits;
 }
@@ -145,8 +146,10 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
   RESA_ASSIGN_OR_RETURN(const int64_t pages, PoolPages(config, max_context));
   const kernels::KvLayout layout =
       engine::LayoutFor(model, config.pool.selector, config.pool.kv_dtype, pages);
+  const bool on_gpu = ops_->DeviceMemoryFree().has_value();
   const AttentionChoice attention = ChooseAttention(
-      config.attention, ops_->DeviceMemoryFree().has_value(), model, layout,
+      config.attention, {.on_gpu = on_gpu, .deterministic = !on_gpu || config.device.deterministic},
+      model, layout,
       static_cast<int32_t>(std::min<int64_t>(max_context, pages * kernels::kPageTokens)),
       ops_.get());
 
@@ -156,7 +159,7 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
   options.limits.max_context = max_context;
   options.limits.pool_tokens = pages * kernels::kPageTokens;
   options.eos_ids = model.eos_ids;
-  options.scheduler = SchedulerLimitsFor(config, attention.sparse_from);
+  options.scheduler = SchedulerLimitsFor(config, attention);
   options.max_waiting = config.limits.max_waiting;
 
   const engine::BatchLimits batch =
@@ -229,6 +232,7 @@ void ServingStack::Describe(const Config& config, const kernels::KvLayout& layou
     out.mutable_selector()->add_refine_share(selector.refine_share[plane - 1]);
   }
   out.set_sparse_from_tokens(attention.sparse_from);
+  out.set_sparse_step_tokens(attention.sparse_step_tokens);
   *out.mutable_attention_choice() = attention.description;
   out.set_num_layers(model.num_layers);
   out.set_num_attention_heads(model.num_heads);

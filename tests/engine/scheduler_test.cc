@@ -430,6 +430,34 @@ TEST_F(CopyOnWriteTest, WhoMadeRoomIsNotOvertaken) {
 
 // ---- limits ----
 
+TEST_F(SchedulerTest, AStepIsSparseWhereItsTokensPayForSelection) {
+  SequenceState state;
+  state.prompt = 256;
+  state.output = 145;
+  state.kv_len = 400;
+  state.policy.mode = AttentionMode::kSparse;
+  const auto sparse_rows = [&](int sequences, int64_t step_tokens) {
+    SequenceSet set(512);
+    for (int i = 0; i < sequences; ++i) set.Add(state);
+    set.Add(Prompt(64, /*running=*/true));
+    SchedulerLimits limits = Limits();
+    limits.sparse_from = 300;
+    limits.sparse_step_tokens = step_tokens;
+    int rows = 0;
+    for (const Segment& segment : Plan(set, limits).segments) rows += segment.work.sparse ? 1 : 0;
+    return rows;
+  };
+  // Each has 401 tokens, 101 beyond the 300; the prompt does not count.
+  EXPECT_EQ(sparse_rows(3, 0), 3);
+  EXPECT_EQ(sparse_rows(3, 303), 3);
+  EXPECT_EQ(sparse_rows(3, 304), 0);
+  EXPECT_EQ(sparse_rows(4, 304), 4);
+  state.kv_len = 200;
+  state.output = 1;
+  state.prompt = 200;
+  EXPECT_EQ(sparse_rows(4, 1), 0);
+}
+
 TEST(SchedulerLimitsTest, SaysWhatDoesNotFit) {
   EXPECT_TRUE(ValidateLimits(Limits()).ok());
   SchedulerLimits limits = Limits();
@@ -445,6 +473,9 @@ TEST(SchedulerLimitsTest, SaysWhatDoesNotFit) {
   limits = Limits();
   limits.sparse_from = -1;
   EXPECT_THAT(ValidateLimits(limits).message(), HasSubstr("sparse_from: -1"));
+  limits = Limits();
+  limits.sparse_step_tokens = -1;
+  EXPECT_THAT(ValidateLimits(limits).message(), HasSubstr("sparse_step_tokens: -1"));
 }
 
 }  // namespace

@@ -150,7 +150,7 @@ TEST(StepCostTest, AStageTakesTheLargerOfBytesAndFlops) {
   EXPECT_DOUBLE_EQ(SecondsOf(cost, kLaptop), 2 / kLinearShare.flops + 0.1 / kSelectShare.bytes);
   cost.sparse_layers = 3;
   EXPECT_DOUBLE_EQ(SecondsOf(cost, kLaptop),
-                   2 / kLinearShare.flops + 0.1 / kSelectShare.bytes + 3 * 2 * kLaptop.op_seconds);
+                   2 / kLinearShare.flops + 0.1 / kSelectShare.bytes + 3 * kLaptop.sketch_seconds);
 }
 
 TEST(StepCostTest, HalfABillionParametersByHand) {
@@ -227,6 +227,38 @@ TEST(SparseFromTest, EveryLongerContextPaysAndTheAnswerIsSteady) {
     }
     EXPECT_TRUE(ever_slower) << from;
   }
+}
+
+TEST(SparseFromTest, ABatchPaysForSelectionTogether) {
+  const ModelConfig config = HalfBillion();
+  const Ceilings gpu = {.read_bytes_per_s = 4.5e12,
+                        .flops_per_s = 790e12,
+                        .minmax_seconds = 7e-6,
+                        .sketch_seconds = 20e-6};
+  AttentionPolicy rectified = Policy(), sparse = Policy();
+  rectified.mode = AttentionMode::kRectified;
+  sparse.mode = AttentionMode::kSparse;
+  for (const SelectorSpec& selector : {SelectorSpec{SelectorKind::kSketch, 8, 2, {1, 1}},
+                                       SelectorSpec{SelectorKind::kMinMax, 16, 0, {1, 1}}}) {
+    const KvLayout layout = LayoutOf(config, selector);
+    const SparseFromBatch from = SparseFromForBatch(config, layout, sparse, 131072, gpu);
+    EXPECT_EQ(from.sequence_tokens, kLeastBatchSparseFrom);
+    EXPECT_EQ(from.step_tokens % kLeastBatchSparseFrom, 0);
+    // Beyond fixed budgets, one sequence of so many tokens gains and one of a step less does not.
+    const auto gain = [&](int64_t tokens) {
+      const AttentionForecast forecast =
+          Forecast(config, layout, sparse, static_cast<int32_t>(tokens), gpu);
+      return forecast.dense_seconds - forecast.sparse_seconds;
+    };
+    EXPECT_GT(gain(from.step_tokens + kLeastBatchSparseFrom), 0);
+    EXPECT_LT(gain(from.step_tokens - kLeastBatchSparseFrom), 0);
+    // Rectification has to be earned too.
+    EXPECT_GE(SparseFromForBatch(config, layout, rectified, 131072, gpu).step_tokens,
+              from.step_tokens);
+  }
+  AttentionPolicy all = sparse;
+  all.keep_ratio = 1;
+  EXPECT_EQ(SparseFromForBatch(config, LayoutOf(config), all, 131072, gpu).sequence_tokens, 131073);
 }
 
 TEST(SparseFromTest, NeverWhereItCannotPay) {

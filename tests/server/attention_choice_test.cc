@@ -51,7 +51,7 @@ class AttentionChoiceTest : public ::testing::Test {
   AttentionChoice Choose(const kernels::Ceilings& ceilings, int32_t longest_context = 131072) {
     MachineOps ops(cpu_.get(), ceilings);
     AttentionChoice choice =
-        ChooseAttention(options_, /*on_gpu=*/false, model_, layout_, longest_context, &ops);
+        ChooseAttention(options_, device_, model_, layout_, longest_context, &ops);
     measured_ = ops.measured;
     return choice;
   }
@@ -60,6 +60,7 @@ class AttentionChoiceTest : public ::testing::Test {
   engine::ModelConfig model_;
   kernels::KvLayout layout_;
   AttentionOptions options_;
+  AttentionDevice device_;
   int measured_ = 0;
 };
 
@@ -111,6 +112,25 @@ TEST_F(AttentionChoiceTest, EachSettingIsAutoForItself) {
   EXPECT_EQ(choice.sparse_from, engine::SparseFromFor(model_, layout_, options_.default_policy,
                                                       131072, kSlowArithmetic));
   EXPECT_THAT(choice.description.reason(), HasSubstr("where that begins to pay"));
+}
+
+TEST_F(AttentionChoiceTest, OnAGpuAStepsTokensDecide) {
+  device_ = {.on_gpu = true, .deterministic = false};
+  const AttentionChoice choice = Choose(kMatrixUnits);
+  const engine::SparseFromBatch expected =
+      engine::SparseFromForBatch(model_, layout_, choice.default_policy, 131072, kMatrixUnits);
+  EXPECT_EQ(choice.sparse_from, engine::kLeastBatchSparseFrom);
+  EXPECT_EQ(choice.sparse_step_tokens, expected.step_tokens);
+  EXPECT_GT(choice.sparse_step_tokens, 0);
+  EXPECT_THAT(choice.description.reason(), HasSubstr("tokens beyond the 4096th"));
+  // Where the result may not depend on the batch, neither may the path.
+  device_.deterministic = true;
+  EXPECT_EQ(Choose(kMatrixUnits).sparse_step_tokens, 0);
+  // What is set is taken as it is.
+  device_.deterministic = false;
+  options_.sparse_from = 5;
+  EXPECT_EQ(Choose(kMatrixUnits).sparse_from, 5);
+  EXPECT_EQ(Choose(kMatrixUnits).sparse_step_tokens, 0);
 }
 
 TEST_F(AttentionChoiceTest, ShortContextsAreAllDense) {

@@ -22,10 +22,16 @@ constexpr int64_t kMaxPassPieces = 1024;
 // How far the search for even work goes.
 constexpr int64_t kMaxFullRounds = 8;
 constexpr int64_t kMaxCutRounds = 6;
+constexpr int kShorterSteps = 8;
+constexpr int kShorterShare = 16;  // Down to one sixteenth less.
+// By how much over perfectly even work a cut is worth looking for, and a better one counts.
+constexpr double kCutWorth = 1.03;
+constexpr double kShorterWorth = 1.01;
+constexpr double kBetter = 0.995;
 // What it takes to start and finish a piece of work, counted in tiles of keys.
 constexpr double kPieceOverhead = 3.0;
-// What the merge costs: another launch, and reading each piece's partial result.
-constexpr double kMergeLaunch = 1.5;
+// What merging costs: waiting for all parts, and reading each piece's partial result.
+constexpr double kMergeWait = 1.5;
 constexpr double kMergePerPiece = 0.02;
 
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
@@ -67,17 +73,26 @@ struct Cut {
 };
 
 // How long the device takes, in tiles of keys, when each free multiprocessor takes the longest
-// piece that is left.
-double Makespan(const std::vector<Tile>& tiles, const Cut& cut, const ChunkShape& shape) {
+// piece that is left. What takes at least `limit` need not be known exactly.
+double Makespan(const std::vector<Tile>& tiles, const Cut& cut, const ChunkShape& shape,
+                double limit) {
   std::vector<int> lengths;
   const int split = cut.split_keys / shape.tile_keys;
+  double even = 0;
   for (int i = 0; i < static_cast<int>(tiles.size()); ++i) {
+    even += tiles[i].length;
     int left = tiles[i].length;
     for (int pieces = cut.Pieces(tiles[i], i); pieces > 1; --pieces, left -= split) {
       lengths.push_back(split);
     }
     lengths.push_back(left);
   }
+  const auto pieces = static_cast<double>(lengths.size());
+  const double merge = lengths.size() == tiles.size()
+                           ? 0
+                           : kMergeWait + kMergePerPiece * (pieces - cut.whole) * shape.kv_heads;
+  even = (even + pieces * kPieceOverhead) * shape.kv_heads / shape.sms;
+  if (even + merge >= limit) return limit;
   std::sort(lengths.begin(), lengths.end(), std::greater<>());
   std::priority_queue<double, std::vector<double>, std::greater<>> free_at(
       std::greater<>(), std::vector<double>(shape.sms, 0.0));
@@ -85,14 +100,13 @@ double Makespan(const std::vector<Tile>& tiles, const Cut& cut, const ChunkShape
   for (const int length : lengths) {
     for (int head = 0; head < shape.kv_heads; ++head) {
       const double done = free_at.top() + length + kPieceOverhead;
+      if (done + merge >= limit) return limit;
       free_at.pop();
       free_at.push(done);
       end = std::max(end, done);
     }
   }
-  if (lengths.size() == tiles.size()) return end;
-  return end + kMergeLaunch +
-         kMergePerPiece * static_cast<double>(lengths.size() - cut.whole) * shape.kv_heads;
+  return end + merge;
 }
 
 // The shortest splits with which the tiles that are cut make at most `limit` pieces.
@@ -112,33 +126,67 @@ Cut CutInto(const std::vector<Tile>& tiles, int whole, int64_t limit, int tile_k
   return Cut{whole, low * tile_keys};
 }
 
+// A cut, and how long the device takes with it.
+struct Choice {
+  Cut cut;
+  double time = std::numeric_limits<double>::infinity();
+
+  void Try(const std::vector<Tile>& tiles, const Cut& other, const ChunkShape& shape,
+           double worth = 1.0) {
+    const double limit = worth * time;
+    const double other_time = Makespan(tiles, other, shape, limit);
+    if (other_time < limit) *this = Choice{other, other_time};
+  }
+};
+
 // Few tiles over many keys leave multiprocessors idle, and so does the last round of equal tiles.
-// Tries to keep the tiles of some full rounds whole and to cut the others into as many pieces as
-// fill one round more, two, ...
-Cut ChooseCut(const std::vector<Tile>& tiles, const ChunkShape& shape) {
-  if (shape.fixed_splits)
-    return Cut{0, CeilDiv(kFixedSplitKeys, shape.tile_keys) * shape.tile_keys};
+// Keeps the tiles of some full rounds whole and cuts the others into as many pieces as fill one
+// round more, two, ...
+void TryFullRounds(const std::vector<Tile>& tiles, const ChunkShape& shape, double even,
+                   Choice* best) {
   const int64_t items = static_cast<int64_t>(tiles.size()) * shape.kv_heads;
-  double even = static_cast<double>(items) * kPieceOverhead;
-  for (const Tile& tile : tiles) even += static_cast<double>(tile.length) * shape.kv_heads;
-  even /= shape.sms;
-  Cut best;
-  double best_time = Makespan(tiles, best, shape);
-  const int64_t full_rounds = std::min<int64_t>(items / shape.sms, kMaxFullRounds);
-  for (int64_t full = full_rounds; full >= 0 && best_time > 1.03 * even; --full) {
+  const int64_t most = items / shape.sms;
+  const int64_t least = std::max<int64_t>(most - kMaxFullRounds, 0);
+  for (int64_t full = most; full >= least && best->time > kCutWorth * even; --full) {
     const auto whole = static_cast<int>(full * shape.sms / shape.kv_heads);
     for (int64_t rounds = 1; rounds <= kMaxCutRounds; ++rounds) {
       const int64_t limit = rounds * shape.sms / shape.kv_heads;
       const auto cut_tiles = static_cast<int64_t>(tiles.size()) - whole;
       if (cut_tiles == 0 || limit < cut_tiles || limit * shape.kv_heads > kMaxPassPieces) continue;
-      const Cut cut = CutInto(tiles, whole, limit, shape.tile_keys);
-      const double time = Makespan(tiles, cut, shape);
-      if (time >= 0.995 * best_time) continue;
-      best_time = time;
-      best = cut;
+      best->Try(tiles, CutInto(tiles, whole, limit, shape.tile_keys), shape, kBetter);
     }
   }
-  return best;
+}
+
+// Pieces that divide tiles and rounds evenly still leave the multiprocessors idle that are beyond a
+// multiple of the heads. Slightly shorter ones leave a rest of every tile to those.
+void TryShorterPieces(const std::vector<Tile>& tiles, const ChunkShape& shape, double even,
+                      Choice* best) {
+  const int whole = best->cut.whole;
+  const int longest =
+      best->cut.split_keys == kWhole ? tiles[whole].length : best->cut.split_keys / shape.tile_keys;
+  const int step = CeilDiv(longest, kShorterSteps * kShorterShare);
+  for (int i = 1; i <= kShorterSteps && best->time > kShorterWorth * even; ++i) {
+    const Cut cut{whole, (longest - i * step) * shape.tile_keys};
+    if (cut.split_keys <= 0) return;
+    int64_t pieces = 0;
+    for (int t = whole; t < static_cast<int>(tiles.size()); ++t) pieces += cut.Pieces(tiles[t], t);
+    if (pieces * shape.kv_heads > kMaxPassPieces) return;
+    best->Try(tiles, cut, shape);
+  }
+}
+
+Cut ChooseCut(const std::vector<Tile>& tiles, const ChunkShape& shape) {
+  if (shape.fixed_splits)
+    return Cut{0, CeilDiv(kFixedSplitKeys, shape.tile_keys) * shape.tile_keys};
+  double even = 0;
+  for (const Tile& tile : tiles) even += tile.length + kPieceOverhead;
+  even *= static_cast<double>(shape.kv_heads) / shape.sms;
+  Choice best;
+  best.Try(tiles, Cut{}, shape);
+  TryFullRounds(tiles, shape, even, &best);
+  TryShorterPieces(tiles, shape, even, &best);
+  return best.cut;
 }
 
 // The longest first; of equal length, tiles that read the same keys side by side.
@@ -248,8 +296,7 @@ void ChunkPlanner::Upload(cudaStream_t stream) {
   }
   std::memcpy(stage.pinned, counts.data(), work_at);
   std::memcpy(stage.pinned + work_at, plan_.work.data(), plan_.work.size() * sizeof(ChunkWork));
-  std::memcpy(stage.pinned + merge_at, plan_.merge.data(),
-              plan_.merge.size() * sizeof(ChunkMerge));
+  std::memcpy(stage.pinned + merge_at, plan_.merge.data(), plan_.merge.size() * sizeof(ChunkMerge));
   std::byte* device = device_.Reserve(bytes);
   RESA_CUDA_CHECK(cudaMemcpyAsync(device, stage.pinned, bytes, cudaMemcpyHostToDevice, stream));
   RESA_CUDA_CHECK(cudaEventRecord(stage.copied, stream));

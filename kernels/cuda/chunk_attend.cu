@@ -41,7 +41,9 @@ using namespace chunk;  // NOLINT: the rest of this kernel.
 // ---- feeding ----------------------------------------------------------------------------------
 
 // Copies the tile of the pages in `page_row` (lane i has the first row of page i; the first `count`
-// exist) once the stage is free.
+// exist) once the stage is free. Keys and values leave the L2
+// first: the CTAs that share some read them at about the same time, and partial results matter
+// more.
 template <int kHeadDim>
 __device__ __forceinline__ void FeedTile(typename AttendShared<kHeadDim>::Tile& to,
                                          const CUtensorMap* map, int page_row, int count,
@@ -51,7 +53,7 @@ __device__ __forceinline__ void FeedTile(typename AttendShared<kHeadDim>::Tile& 
   __syncwarp();
   const int page = threadIdx.x;
   if (page >= count) return;
-  CopyBox4(&to[page * 2], map, 0, 0, 0, page_row / 8, full);
+  CopyBox4(&to[page * 2], map, 0, 0, 0, page_row / 8, full, EvictFirstPolicy());
 }
 
 // Warp 0: takes pieces of work and keeps the rings of K and V full.
@@ -340,7 +342,8 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   const auto map = [&](const std::byte* pool) {
     return MakeTensorMap(pool, {kColumn, 8, kHeadDim / kColumn, rows / 8},
                          {kHeadDim * 2, kColumnRowBytes, kHeadDim * 16},
-                         {kColumn, 8, kHeadDim / kColumn, kPageTokens / 8});
+                         {kColumn, 8, kHeadDim / kColumn, kPageTokens / 8},
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   };
   args.k = map(params.kv.k);
   args.v = map(params.kv.v);

@@ -25,7 +25,7 @@ PFN_cuTensorMapEncodeTiled_v12000 EncodeFunction() {
 
 CUtensorMap MakeTensorMap(const void* data, std::initializer_list<uint64_t> dims,
                           std::initializer_list<uint64_t> strides,
-                          std::initializer_list<uint32_t> box) {
+                          std::initializer_list<uint32_t> box, CUtensorMapL2promotion promotion) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = EncodeFunction();
   RESA_CHECK(strides.size() + 1 == dims.size() && box.size() == dims.size());
   const std::vector<uint32_t> element_strides(dims.size(), 1);
@@ -34,7 +34,7 @@ CUtensorMap MakeTensorMap(const void* data, std::initializer_list<uint64_t> dims
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<uint32_t>(dims.size()),
              const_cast<void*>(data), dims.begin(), strides.begin(), box.begin(),
              element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   RESA_CHECK(result == CUDA_SUCCESS) << "cuTensorMapEncodeTiled: error " << result;
   return map;
 }

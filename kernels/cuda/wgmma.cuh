@@ -23,14 +23,14 @@ __device__ __forceinline__ void NamedBarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The box of a rank 4 map that begins at (x, y, z, w), to shared memory; `barrier` counts its
-// bytes.
+// The box of a rank 4 map that begins at (x, y, z, w), to shared memory under a cache policy;
+// `barrier` counts its bytes.
 __device__ __forceinline__ void CopyBox4(void* to, const CUtensorMap* map, int x, int y, int z,
-                                         int w, uint64_t* barrier) {
+                                         int w, uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(SharedAddress(barrier))
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
 

@@ -88,7 +88,7 @@ struct Context {
   Scratch cublas_workspace;
   std::shared_ptr<CublasPlans> cublas_plans;
 
-  Scratch decode_partials;
+  ZeroedScratch decode_partials;
   ZeroedScratch decode_counters;
   Scratch chunk_partials;
   std::shared_ptr<ChunkPlanner> chunk_planner;  // ChunkAttend's, made when first used.

@@ -5,8 +5,8 @@
 // q, out [T, Hq * d] bf16; K and V [page][Hk][16][d] bf16; ids [Hk][keep] of each row, ascending.
 //
 // An item is one split (a fixed range of ranks in the id list) of one (row, KV head). A persistent
-// CTA takes items, the first by its index, the rest from a queue, and keeps the memory busy from
-// one item into the next:
+// CTA takes items, the first two by its index, the rest from a queue, and keeps the memory busy
+// from one item into the next:
 //   the scout     (a warp; decode_scout.cuh) finds items' rows, ids and pages ahead of the data;
 //   8 consumers   (here) take units of 16 tokens (a page, two blocks of 8, four of 4) in turn, warp
 //                 w those of rank w, w + 8, ... of the split, so that no order depends on timing.
@@ -61,6 +61,10 @@ class Consumer {
 #pragma unroll 1
     for (int i = 0; i < S::kAhead; ++i) {
       LookUp(i);
+      if (i == 0) {
+        Prefetch();
+        WaitForPriorKernel();
+      }
       Copy(args_.k, 2 * i);
       Copy(args_.v, 2 * i + 1);
     }
@@ -85,7 +89,7 @@ class Consumer {
       if (++slot == S::kSlots) slot = 0;
       const bool last = octet.last;
       __syncwarp();
-      if (lane_ == 0) BarrierArrive(&s_.octet_empty[i % kOctets]);
+      BarrierArrive(&s_.octet_empty[i % kOctets]);
       if (last) End();
     }
     CopyAsyncWait<0>();
@@ -110,6 +114,16 @@ class Consumer {
     for (int run = 0; run < kRuns; ++run) {
       offset_[run] = int64_t{octet.run[warp_][run]} * kRowBytes + lane_ * 16;
     }
+  }
+
+  // Asks the L2 for the unit looked up, while the kernel before this one runs: that this one may
+  // still write a token there does no harm. Ids, and so units, are not known then.
+  __device__ void Prefetch() const {
+    constexpr int kLines = S::kSlotBytes / 128;
+    if (!ahead_ || args_.ids != nullptr || lane_ >= kLines) return;
+    const int64_t at = offset_[0] + lane_ * (128 - 16);
+    PrefetchL2(args_.k + at);
+    PrefetchL2(args_.v + at);
   }
 
   // Starts the copy of K or V of the unit looked up, always a group of its own.
@@ -282,8 +296,7 @@ class Consumer {
           s_.o[warp_][head + i % 2][step * 16 + i / 2 * 8 + lane_ / 4] = o_[tile][step][i];
         }
       }
-      __syncwarp();
-      if (lane_ == 0) BarrierArrive(&s_.merge_full);
+      BarrierArrive(&s_.merge_full);
     }
   }
 
@@ -314,28 +327,37 @@ class Consumer {
 constexpr int FinishersOf(int head_tiles) { return head_tiles == 1 ? 7 : 3; }
 constexpr int ThreadsOf(int head_tiles) { return 32 * (kConsumers + FinishersOf(head_tiles) + 1); }
 
+// By one warp. Where warps arrive all their lanes do: compute-sanitizer does not see that what the
+// others wrote before __syncwarp() is covered by the arrival of one.
 template <class S>
-__device__ void InitShared(S& shared, int finishers, int group) {
-  const int i = static_cast<int>(threadIdx.x);
+__device__ void InitBarriers(S& shared, int finishers) {
+  const int i = static_cast<int>(threadIdx.x % 32);
   if (i < kOctets) {
-    BarrierInit(&shared.octet_full[i], 1);
-    BarrierInit(&shared.octet_empty[i], kConsumers);
+    BarrierInit(&shared.octet_full[i], 32);
+    BarrierInit(&shared.octet_empty[i], 32 * kConsumers);
   } else if (i < kOctets + S::kItemSlots) {
     BarrierInit(&shared.item_full[i - kOctets], 1);
-    BarrierInit(&shared.item_empty[i - kOctets], finishers);
+    BarrierInit(&shared.item_empty[i - kOctets], 32 * finishers);
   } else if (i == kOctets + S::kItemSlots) {
-    BarrierInit(&shared.merge_full, kConsumers);
-    BarrierInit(&shared.merge_empty, finishers);
+    BarrierInit(&shared.merge_full, 32 * kConsumers);
+    BarrierInit(&shared.merge_empty, 32 * finishers);
   }
   BarrierInitFence();
-  // The copies fill the group's rows only; what stands in the others must not raise a maximum.
+  __syncwarp();
+}
+
+// By the first threads of the CTA. The copies fill the group's rows of queries only; what stands in
+// the others must not raise a maximum.
+template <class S>
+__device__ void ZeroQueries(S& shared, int group) {
   constexpr int kHeads = std::extent_v<decltype(S::q), 1>;
   constexpr int kChunks = std::extent_v<decltype(S::q), 2> / 8;
-  for (int chunk = i; chunk < S::kItemSlots * kHeads * kChunks; chunk += blockDim.x) {
-    const int head = chunk / kChunks % kHeads;
-    if (head >= group) {
-      reinterpret_cast<uint4*>(shared.q)[chunk] = uint4{0, 0, 0, 0};
-    }
+  static_assert(kHeads * kChunks <= 32 * kConsumers);
+  const int chunk = static_cast<int>(threadIdx.x);
+  if (chunk < group * kChunks || chunk >= kHeads * kChunks) return;
+#pragma unroll
+  for (int slot = 0; slot < S::kItemSlots; ++slot) {
+    reinterpret_cast<uint4*>(shared.q[slot])[chunk] = uint4{0, 0, 0, 0};
   }
 }
 
@@ -347,20 +369,21 @@ __global__ void __launch_bounds__(ThreadsOf(kHeadTiles), 1)
   auto& shared = *reinterpret_cast<DecodeShared<kHeadDim, kHeadTiles, kRuns>*>(shared_bytes);
   const int warp = static_cast<int>(threadIdx.x / 32);
   AllowNextKernel();
-  InitShared(shared, kFinishers, args.group);
   if (warp == kConsumers) {
+    InitBarriers(shared, kFinishers);
+  } else {
+    ZeroQueries(shared, args.group);
+  }
+  __syncthreads();
+  if (warp < kConsumers) {
+    Consumer<kHeadDim, kHeadTiles, kRuns>(shared, args).Run();
+  } else if (warp == kConsumers) {
     // The lists were copied to the device before any kernel of the step was launched.
     const DecodeRows<kRuns> rows(args);
     DecodeScout<kHeadDim, kHeadTiles, kRuns>(shared, args, rows).Run();
   } else {
-    WaitForPriorKernel();
-    __syncthreads();
-    if (warp < kConsumers) {
-      Consumer<kHeadDim, kHeadTiles, kRuns>(shared, args).Run();
-    } else {
-      DecodeFinisher<kHeadDim, kHeadTiles, kRuns, kFinishers>(shared, args, warp - kConsumers - 1)
-          .Run();
-    }
+    DecodeFinisher<kHeadDim, kHeadTiles, kRuns, kFinishers>(shared, args, warp - kConsumers - 1)
+        .Run();
   }
   CombineSplits<kHeadDim>(args);
 }
@@ -404,7 +427,6 @@ void DecodeAttend(Context& context, const SparseAttendParams& p, const DecodePla
   RESA_CHECK(p.layout.kv_dtype == DType::kBF16) << "K and V are bf16 on a GPU";
   RESA_CHECK(d == 64 || d == 128) << "head size " << d;
   RESA_CHECK(group >= 1 && group <= kMaxGroup) << group << " query heads per KV head";
-  RESA_CHECK(plan.split_tokens >= 0 && plan.split_tokens % kPageTokens == 0) << plan.split_tokens;
   RESA_CHECK_LT(p.layout.num_pages * p.layout.num_kv_heads * kPageTokens, int64_t{1} << 31);
   DecodeArgs args;
   args.q = reinterpret_cast<const __nv_bfloat16*>(p.q.b16());
@@ -420,12 +442,10 @@ void DecodeAttend(Context& context, const SparseAttendParams& p, const DecodePla
   args.num_heads = p.num_heads;
   args.kv_heads = p.layout.num_kv_heads;
   args.group = group;
-  args.split_tokens = plan.split_tokens;
   args.scale_log2 = static_cast<float>(M_LOG2E / std::sqrt(static_cast<double>(d)));
-  args.partials = reinterpret_cast<float*>(context.decode_partials.Reserve(
-      static_cast<size_t>(plan.items_capacity * PartialFloats(group, d)) * sizeof(float)));
-  args.counters = context.decode_counters.Reserve(
-      1 + static_cast<size_t>(p.num_rows * p.num_heads * (d / kPartDims)), context.stream);
+  args.partials = context.decode_partials.Reserve(
+      static_cast<size_t>(plan.items_capacity * PartialWords(group, d)), context.stream);
+  args.queue = context.decode_counters.Reserve(1, context.stream);
   const int block_tokens = p.ids == nullptr ? kPageTokens : p.layout.selector.block_tokens;
   if (d == 128) {
     if (group <= 8) return LaunchBlocks<128, 1>(context, args, block_tokens, plan.items_capacity);

@@ -35,20 +35,34 @@ struct HeadState {
   Floats<kCount> o = {};
 };
 
+// Over groups of kLanes neighbours.
+template <int kLanes = 32>
 __device__ __forceinline__ float WarpMax(float x) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kDecodeLanes, x, step));
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kDecodeLanes, x, step));
+  }
   return x;
 }
+template <int kLanes = 32>
 __device__ __forceinline__ float WarpSum(float x) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kDecodeLanes, x, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kDecodeLanes, x, step);
   return x;
 }
 
-// Where a split's partial result is.
-__device__ __forceinline__ float* PartialOf(const DecodeArgs& args, int64_t item, int head_dim) {
-  return args.partials + item * PartialFloats(args.group, head_dim);
+// ---- partial results --------------------------------------------------------------------------
+//
+// A word of a partial result says itself that it is there: the memory is zero before, a zero is
+// stored as -0, and whoever has combined the results makes the memory zero again. So a result takes
+// one way through the L2, not three: store and wait for it, count, load.
+
+__device__ __forceinline__ uint32_t* PartialOf(const DecodeArgs& args, int64_t item, int head_dim) {
+  return args.partials + item * PartialWords(args.group, head_dim);
+}
+
+__device__ __forceinline__ uint32_t NotZero(float x) {
+  return x == 0 ? 0x80000000u : __float_as_uint(x);
 }
 
 // kFinishers warps; finisher w has heads w, w + kFinishers, ... of a tile of 8.
@@ -63,6 +77,7 @@ class DecodeFinisher {
       : s_(shared), args_(args), warp_(warp), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
+    WaitForPriorKernel();
     uint32_t merges = 0;
     for (int i = 0;; ++i) {
       const int slot = i % S::kItemSlots;
@@ -82,25 +97,21 @@ class DecodeFinisher {
             StorePartial(item, tile * 8 + head, state);
           }
         }
-        __syncwarp();
-        if (lane_ == 0) BarrierArrive(&s_.merge_empty);
-        if (item.splits == 1) continue;
-#pragma unroll 1
-        for (int head = warp_; head < heads; head += kFinishers) CountIn(item, tile * 8 + head);
+        BarrierArrive(&s_.merge_empty);
       }
-      __syncwarp();
-      if (lane_ == 0) BarrierArrive(&s_.item_empty[slot]);
+      BarrierArrive(&s_.item_empty[slot]);
     }
   }
 
  private:
   // The states of a head, in the order of the consumers.
   __device__ State Merge(int head, int count) const {
-    const float2 ml = lane_ < count ? s_.ml[lane_][head] : float2{kNoMax, 0};
+    const int mine = lane_ % kConsumers;
+    const float2 ml = mine < count ? s_.ml[mine][head] : float2{kNoMax, 0};
     State state;
-    state.m = WarpMax(ml.x);
+    state.m = WarpMax<kConsumers>(ml.x);
     const float weight = Exp2(ml.x - state.m);
-    state.l = WarpSum(weight * ml.y);
+    state.l = WarpSum<kConsumers>(weight * ml.y);
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
       const float w = __shfl_sync(kDecodeLanes, weight, i);
@@ -113,20 +124,20 @@ class DecodeFinisher {
   }
 
   __device__ void StorePartial(const Item& item, int head, const State& state) const {
-    float* const to = PartialOf(
-        args_, item.begin + int64_t{item.split} * args_.kv_heads + item.kv_head, kHeadDim);
-    *reinterpret_cast<Floats<kCount>*>(to + head * kHeadDim + lane_ * kCount) = state.o;
-    if (lane_ == 0) {
-      reinterpret_cast<float2*>(to + args_.group * kHeadDim)[head] = {state.m, state.l};
-    }
-  }
-
-  // Tells the warps that combine this head that one more split is stored.
-  __device__ void CountIn(const Item& item, int head) const {
     constexpr int kParts = kHeadDim / kPartDims;
-    const int64_t q_head = int64_t{item.list} * args_.num_heads + item.kv_head * args_.group + head;
-    __syncwarp();
-    if (lane_ < kParts) CountRelease(args_.counters + 1 + q_head * kParts + lane_);
+    uint32_t* const to = PartialOf(
+        args_, item.begin + int64_t{item.split} * args_.kv_heads + item.kv_head, kHeadDim);
+    uint32_t* const o = to + head * kHeadDim + lane_ * kCount;
+    if constexpr (kCount == 4) {
+      StoreRelaxed(o, uint4{NotZero(state.o.at[0]), NotZero(state.o.at[1]), NotZero(state.o.at[2]),
+                            NotZero(state.o.at[3])});
+    } else {
+      StoreRelaxed(o, uint2{NotZero(state.o.at[0]), NotZero(state.o.at[1])});
+    }
+    if (lane_ < kParts) {
+      StoreRelaxed(to + args_.group * kHeadDim + (head * kParts + lane_) * 2,
+                   uint2{NotZero(state.m), NotZero(state.l)});
+    }
   }
 
   __device__ void StoreOutput(const Item& item, int head, const State& state) const {
@@ -147,49 +158,71 @@ class DecodeFinisher {
   const int lane_;
 };
 
+// Makes the compiler forget what it knows of a value: its multiples would take all registers.
+__device__ __forceinline__ void Renew(int64_t* value) { asm volatile("" : "+l"(*value)); }
+
+// Calls function(i) for i from 0 to count, rounded up to a multiple of 8.
+template <class Function>
+__device__ __forceinline__ void ForSplits(int count, const Function& function) {
+#pragma unroll
+  for (int begin = 0; begin < kCombineBatch; begin += 8) {
+    if (begin >= count) break;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) function(begin + i);
+  }
+}
+
 // Combines the splits of 32 dimensions of a head, in order, once they are all stored.
 template <int kHeadDim>
 __device__ __forceinline__ void CombineHead(const DecodeArgs& args, int list, int q_head,
                                             int part) {
+  constexpr int kParts = kHeadDim / kPartDims;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int begin = __ldg(args.item_begin + list);
   const int splits = (__ldg(args.item_begin + list + 1) - begin) / args.kv_heads;
   if (splits <= 1) return;
-  const int head = q_head % args.group;
-  const float* from = PartialOf(args, begin + q_head / args.group, kHeadDim);
-  int64_t step = args.kv_heads * PartialFloats(args.group, kHeadDim);
-  uint32_t* const counter =
-      args.counters + 1 + (int64_t{list} * args.num_heads + q_head) * (kHeadDim / kPartDims) + part;
   const int64_t row = args.rows[list].row;
-  while (LoadAcquire(counter) != static_cast<uint32_t>(splits)) __nanosleep(32);
-  __syncwarp();
-  if (lane == 0) *counter = 0;
+  const int head = q_head % args.group;
+  uint32_t* from = PartialOf(args, begin + q_head / args.group, kHeadDim);
+  int64_t step = args.kv_heads * PartialWords(args.group, kHeadDim);
 
   float m = kNoMax, l = 0, o = 0;
 #pragma unroll 1
   for (int first = 0; first < splits; first += kCombineBatch) {
-    float2 ml = {kNoMax, 0};
-    if (first + lane < splits) {
-      ml = __ldcg(reinterpret_cast<const float2*>(from + lane * step + args.group * kHeadDim) +
-                  head);
-    }
-    float x[kCombineBatch];
-    const float* at = from + head * kHeadDim + part * kPartDims + lane;
-    // Not known to be the same in every round, or its multiples would take all registers.
-    asm volatile("" : "+l"(step));
-#pragma unroll
-    for (int i = 0; i < kCombineBatch; ++i) {
-      x[i] = first + i < splits ? __ldcg(at) : 0.0f;
-      at += step;
-    }
-    const float new_m = fmaxf(m, WarpMax(ml.x));
+    const int count = min(kCombineBatch, splits - first);
+    uint32_t* const o_at = from + head * kHeadDim + part * kPartDims + lane;
+    uint32_t* const ml_at = from + lane * step + args.group * kHeadDim + (head * kParts + part) * 2;
+    uint2 ml = {0, 0};
+    uint32_t x[kCombineBatch] = {};
+    bool missing;
+#pragma unroll 1
+    do {
+      if (lane < count && (ml.x == 0 || ml.y == 0)) ml = LoadRelaxed2(ml_at);
+      uint32_t* at = o_at;
+      Renew(&step);
+      ForSplits(count, [&](int i) {
+        if (i < count && x[i] == 0) x[i] = LoadRelaxed(at);
+        at += step;
+      });
+      missing = lane < count && (ml.x == 0 || ml.y == 0);
+      ForSplits(count, [&](int i) { missing |= i < count && x[i] == 0; });
+    } while (__any_sync(kDecodeLanes, missing));
+    const float split_m = lane < count ? __uint_as_float(ml.x) : kNoMax;
+    const float new_m = fmaxf(m, WarpMax(split_m));
     const float before = Exp2(m - new_m);
-    const float weight = Exp2(ml.x - new_m);
+    const float weight = Exp2(split_m - new_m);
     m = new_m;
-    l = l * before + WarpSum(weight * ml.y);
+    l = l * before + WarpSum(weight * __uint_as_float(ml.y));
     o *= before;
-#pragma unroll
-    for (int i = 0; i < kCombineBatch; ++i) o += __shfl_sync(kDecodeLanes, weight, i) * x[i];
+    ForSplits(count,
+              [&](int i) { o += __shfl_sync(kDecodeLanes, weight, i) * __uint_as_float(x[i]); });
+    if (lane < count) *reinterpret_cast<uint2*>(ml_at) = uint2{0, 0};
+    uint32_t* at = o_at;
+    Renew(&step);
+    ForSplits(count, [&](int i) {
+      if (i < count) *at = 0;
+      at += step;
+    });
     from += kCombineBatch * step;
   }
   args.out[(row * args.num_heads + q_head) * kHeadDim + part * kPartDims + lane] =

@@ -63,9 +63,7 @@ class DecodeRows {
       end = __ldg(args_.item_begin + r + 1);
     }
     begin = __shfl_sync(kDecodeLanes, begin, lane);
-    DecodeWork work = Split(Row(r), begin, end, index);
-    work.item.list = r;
-    return work;
+    return Split(Row(r), begin, end, index);
   }
 
  private:
@@ -92,11 +90,9 @@ class DecodeRows {
     work.item.kv_head = local - work.item.split * args_.kv_heads;
     work.position = row.position;
     work.table = args_.pages + row.table * args_.page_stride;
-    int row_runs = (row.position + kTokens) / kTokens;
-    if (args_.ids != nullptr) row_runs = min(row_runs, row.keep_blocks);
-    const int split_tokens =
-        args_.split_tokens > 0 ? args_.split_tokens : DecodeSplitTokens(row_runs * kTokens);
-    const int split_runs = split_tokens / kTokens;
+    const int row_runs =
+        args_.ids != nullptr ? row.keep_blocks : (row.position + kTokens) / kTokens;
+    const int split_runs = DecodeSplitTokens(int64_t{row_runs} * kTokens) / kTokens;
     work.first_run = work.item.split * split_runs;
     work.runs = max(0, min(split_runs, row_runs - work.first_run));
     work.item.units = (work.runs + kRuns - 1) / kRuns;
@@ -135,6 +131,10 @@ struct DecodeBatch {
   __device__ void LoadPage(int lane) {
     page = Has(lane) ? __ldg(work.table + id * kTokens / kPageTokens) : 0;
   }
+  __device__ void LoadPages(int lane) {
+    LoadId(lane);
+    LoadPage(lane);
+  }
 };
 
 template <int kHeadDim, int kHeadTiles, int kRuns>
@@ -146,75 +146,77 @@ class DecodeScout {
 
   __device__ DecodeScout(S& shared, const DecodeArgs& args, const DecodeRows<kRuns>& rows)
       : s_(shared), args_(args), rows_(rows), lane_(threadIdx.x % 32) {
-    first_items_ = min(static_cast<int>(gridDim.x), rows.total());
+    first_items_ = min(2 * static_cast<int>(gridDim.x), rows.total());
   }
 
   __device__ void Run() {
-    Batch now, next;
-    bool started = false;
-    do {
-      // A batch's ids, its pages and its octets take a turn of the loop each; publishing waits for
-      // the consumers, and meanwhile the loads for the batches after it arrive.
-      if (now.work.valid) {
-        if (now.first == 0) Announce(now.work.item);
-        Publish(now, 0);
-      }
-      if (next.work.valid && args_.ids != nullptr) next.LoadPage(lane_);
-      Batch later = After(next, started);
-      if (args_.ids == nullptr) {
+    const bool dense = args_.ids == nullptr;
+    // What comes before the wait needs nothing of the kernel before this one: rows and tables were
+    // copied before the step began. The ids and the queue are that kernel's until it has ended.
+    Batch now = Of(static_cast<int>(blockIdx.x));
+    if (dense) now.LoadPages(lane_);
+    Batch next = After(now);
+    if (dense) next.LoadPages(lane_);
+    if (dense || !now.work.valid) PublishAll(now, next.work.valid);
+    WaitForPriorKernel();
+    TakeNext();
+    if (!dense) {
+      now.LoadId(lane_);
+      next.LoadId(lane_);
+      now.LoadPage(lane_);
+    }
+    for (bool published = dense; now.work.valid; published = false) {
+      if (now.first == 0) Announce(now.work.item);
+      if (!published) PublishAll(now, next.work.valid);
+      // A batch's ids, its pages and its octets take a turn each. Publishing waits for the
+      // consumers, which then have work for longer than loads take.
+      if (!dense) next.LoadPage(lane_);
+      Batch later = After(next);
+      if (dense) {
+        later.LoadPages(lane_);
+      } else {
         later.LoadId(lane_);
-        later.LoadPage(lane_);
-      }
-      if (!started) {
-        // The ids and the queue are the business of the kernel before this one until it has ended.
-        WaitForPriorKernel();
-        __syncthreads();
-        started = true;
-        if (later.work.valid) TakeNext();
-      }
-      if (args_.ids != nullptr) later.LoadId(lane_);
-      if (now.work.valid) {
-        for (int unit = kConsumers; unit < now.Units(); unit += kConsumers) Publish(now, unit);
       }
       now = next;
       next = later;
-    } while (now.work.valid || next.work.valid);
+    }
     Item end;
     end.units = -1;
     Announce(end);
-    BarrierWait(&s_.octet_empty[octet_ % kOctets], (octet_ / kOctets + 1) & 1);
-    if (lane_ == 0) {
-      s_.octets[octet_ % kOctets].end = true;
-      BarrierArrive(&s_.octet_full[octet_ % kOctets]);
-    }
   }
 
  private:
-  // Asks the queue for the item after those already taken. Each CTA that has a first item asks
-  // until it is told that there is none, so the requests are as many as the items, and the queue
-  // wraps to zero. When every item is some CTA's first there is nothing to ask.
+  // Each CTA's first two items follow from its index, so that short work waits for no queue. Then
+  // each asks the queue until it is told that there is no further item. The requests are as many as
+  // the items past the first two and the CTAs, and the queue wraps to zero.
   __device__ void TakeNext() {
     if (first_items_ == rows_.total()) return;
-    if (lane_ == 0) taken_ = atomicInc(args_.counters, rows_.total() - 1);
+    if (lane_ == 0) taken_ = atomicInc(args_.queue, rows_.total() - first_items_ + gridDim.x - 1);
   }
 
-  // The batch after this one; with nothing started, the first.
-  __device__ Batch After(const Batch& batch, bool started) {
+  __device__ Batch Of(int index) const {
+    Batch batch;
+    if (index < rows_.total()) batch.work = rows_.Find(index);
+    return batch;
+  }
+
+  // The batch after this one.
+  __device__ Batch After(const Batch& batch) {
     Batch next;
-    int index = static_cast<int>(blockIdx.x);
-    if (started) {
-      if (!batch.work.valid) return next;
-      if (!batch.IsLast()) {
-        next.work = batch.work;
-        next.first = batch.first + 32;
-        return next;
-      }
-      index = first_items_ + static_cast<int>(__shfl_sync(kDecodeLanes, taken_, 0));
+    if (!batch.work.valid) return next;
+    if (!batch.IsLast()) {
+      next.work = batch.work;
+      next.first = batch.first + 32;
+      return next;
     }
+    if (!second_) {
+      second_ = true;
+      return Of(static_cast<int>(blockIdx.x + gridDim.x));
+    }
+    const int index = first_items_ + static_cast<int>(__shfl_sync(kDecodeLanes, taken_, 0));
     if (index >= rows_.total()) return next;
-    if (started) TakeNext();
-    next.work = rows_.Find(index);
-    return next;
+    TakeNext();
+    return Of(index);
   }
 
   // The item's queries go along; its barrier completes when they are there.
@@ -235,6 +237,18 @@ class DecodeScout {
       }
     }
     ++items_;
+  }
+
+  // The octets of a batch, and the end, should no other batch follow.
+  __device__ void PublishAll(const Batch& batch, bool more) {
+#pragma unroll 1
+    for (int unit = 0; batch.work.valid && unit < batch.Units(); unit += kConsumers) {
+      Publish(batch, unit);
+    }
+    if (more) return;
+    BarrierWait(&s_.octet_empty[octet_ % kOctets], (octet_ / kOctets + 1) & 1);
+    if (lane_ == 0) s_.octets[octet_ % kOctets].end = true;
+    BarrierArrive(&s_.octet_full[octet_ % kOctets]);
   }
 
   // The octet that begins with `unit` of the batch.
@@ -266,8 +280,7 @@ class DecodeScout {
       octet.first = batch.first == 0 && unit == 0;
       octet.last = batch.IsLast() && unit + kConsumers >= batch.Units();
     }
-    __syncwarp();
-    if (lane_ == 0) BarrierArrive(&s_.octet_full[octet_ % kOctets]);
+    BarrierArrive(&s_.octet_full[octet_ % kOctets]);
     ++octet_;
   }
 
@@ -276,7 +289,8 @@ class DecodeScout {
   const DecodeRows<kRuns>& rows_;
   const int lane_;
   int first_items_;
-  uint32_t taken_ = 0;  // Lane 0's.
+  uint32_t taken_ = 0;   // Lane 0's.
+  bool second_ = false;  // The second item has been taken.
   int items_ = 0;
   int octet_ = 0;
 };

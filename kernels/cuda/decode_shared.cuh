@@ -10,11 +10,14 @@
 
 #include "kernels/params.h"
 
+#ifndef SLOTS
+#define SLOTS 3
+#endif
 namespace resa::kernels::cuda {
 
 inline constexpr uint32_t kDecodeLanes = 0xffffffffu;
 inline constexpr int kConsumers = 8;     // Warps that compute; units of an octet.
-inline constexpr int kOctets = 16;       // Octets between the scout and the consumers.
+inline constexpr int kOctets = 8;        // Octets between the scout and the consumers.
 inline constexpr int kPartDims = 32;     // Of a head: what a warp combines, one a lane.
 inline constexpr float kNoMax = -1e30f;  // Below every score, and its differences are finite.
 
@@ -28,25 +31,23 @@ struct DecodeArgs {
   const int32_t* ids = nullptr;         // Null: all blocks.
   const int32_t* pages = nullptr;       // [S, page_stride]
   int64_t page_stride = 0;
-  float* partials = nullptr;     // [items] of PartialFloats()
-  uint32_t* counters = nullptr;  // The queue, then [num_rows][Hq][d / 32]: splits stored.
+  uint32_t* partials = nullptr;  // [items] of PartialWords(); zero where there is no result yet.
+  uint32_t* queue = nullptr;     // Items given out after each CTA's first two.
   int num_rows = 0;
   int num_heads = 0;
   int kv_heads = 0;
   int group = 0;
-  int split_tokens = 0;
   float scale_log2 = 0;  // log2(e) / sqrt(d)
 };
 
-// A partial result of a split: o[group][d], then (m, l)[group], in whole float4s.
-constexpr int64_t PartialFloats(int group, int head_dim) {
-  return (int64_t{group} * (head_dim + 2) + 3) / 4 * 4;
+// A partial result of a split: o[group][d], then (m, l)[group][d / 32], once for each reader.
+constexpr int64_t PartialWords(int group, int head_dim) {
+  return int64_t{group} * (head_dim + head_dim / kPartDims * 2);
 }
 
 // One split of one (row, KV head).
 struct Item {
-  int32_t row = 0;   // In the flat batch.
-  int32_t list = 0;  // In the list of rows.
+  int32_t row = 0;  // In the flat batch.
   int32_t kv_head = 0;
   int32_t split = 0;
   int32_t splits = 0;  // Of the row.
@@ -70,7 +71,7 @@ template <int kHeadDim, int kHeadTiles, int kRuns>
 struct alignas(1024) DecodeShared {
   // K and V of a unit take a slot each, in turn. Odd, so that K is asked for when K was used and V
   // when V was.
-  static constexpr int kSlots = kHeadDim == 128 ? 5 : 9;
+  static constexpr int kSlots = kHeadDim == 128 ? 3 : 5;
   static constexpr int kSlotBytes = kPageTokens * kHeadDim * 2;
   static constexpr int kAhead = kSlots / 2;  // Units that a consumer asks for before it waits.
   // Items between the scout and the finishers: more than a consumer may be ahead by.

@@ -49,10 +49,10 @@ struct PageWrite {
 // multiprocessors; many for a long one, where each partial result costs more than balance gains.
 constexpr int DecodeSplitTokens(int64_t tokens) {
   if (tokens <= 1024) return 128;
-  if (tokens <= 2048) return 256;
-  if (tokens <= 32768) return 512;
-  if (tokens <= 65536) return 1024;
-  return tokens <= 131072 ? 2048 : 4096;
+  if (tokens <= 4096) return 256;
+  if (tokens <= 8192) return 512;
+  if (tokens <= 32768) return 1024;
+  return tokens <= 65536 ? 2048 : 4096;
 }
 
 // The work of one attention op over single rows: item_begin[i] is the number of (split, KV head)
@@ -61,7 +61,6 @@ constexpr int DecodeSplitTokens(int64_t tokens) {
 // Splits are cut at fixed ranks of the id list (of the context, when all is attended).
 struct DecodePlan {
   const int32_t* item_begin = nullptr;  // device [num_rows + 1]
-  int split_tokens = 0;                 // A multiple of 16; 0: by DecodeSplitTokens of each row.
   int64_t items_capacity = 0;  // At least item_begin[num_rows], of any step that replays this one.
 };
 

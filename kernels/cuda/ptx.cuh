@@ -161,6 +161,37 @@ __device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* counter) {
 
 // Waits until the kernel before has ended and what it wrote can be read. Returns at once when this
 // kernel was launched the ordinary way.
+// ---- words that other CTAs wait for ------------------------------------------------------------
+
+// Each word is seen whole, and in no order with others.
+__device__ __forceinline__ void StoreRelaxed(uint32_t* to, uint2 words) {
+  asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y)
+               : "memory");
+}
+__device__ __forceinline__ void StoreRelaxed(uint32_t* to, uint4 words) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t LoadRelaxed(const uint32_t* from) {
+  uint32_t word;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+  return word;
+}
+__device__ __forceinline__ uint2 LoadRelaxed2(const uint32_t* from) {
+  uint2 words;
+  asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(from)
+               : "memory");
+  return words;
+}
+
+// Asks the L2 for the 128 bytes around an address.
+__device__ __forceinline__ void PrefetchL2(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+}
+
 __device__ __forceinline__ void WaitForPriorKernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

@@ -112,19 +112,19 @@ void StepMemory::MakeLists() {
 // How many (split, KV head) items each row has; see DecodePlan.
 DecodePlan StepMemory::PlanOf(const std::vector<SparseRow>& rows, bool sparse, int64_t* capacity) {
   std::vector<int32_t>& begin = sparse ? sparse_items_ : single_items_;
-  const int split = sparse ? kSparseSplitTokens : kDenseSplitTokens;
   begin.assign(1, 0);
   int64_t items = 0;
   for (const SparseRow& row : rows) {
     const int64_t tokens = sparse ? int64_t{row.keep_blocks} * lists_.layout.selector.block_tokens
                                   : int64_t{row.position} + 1;
+    const int split = DecodeSplitTokens(tokens);
     items += (tokens + split - 1) / split * lists_.layout.num_kv_heads;
     RESA_CHECK_LE(items, INT32_MAX);
     begin.push_back(static_cast<int32_t>(items));
   }
   *capacity =
       static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(items, 64))));
-  return {nullptr, split, *capacity};
+  return {nullptr, *capacity};
 }
 
 void StepMemory::GrowBlock(size_t bytes) {

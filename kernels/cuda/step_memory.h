@@ -20,10 +20,6 @@
 
 namespace resa::kernels::cuda {
 
-// Tokens per split of an attention op over single rows.
-inline constexpr int kSparseSplitTokens = 512;
-inline constexpr int kDenseSplitTokens = 1024;
-
 // What tells recordings apart.
 struct StepKey {
   const void* owner = nullptr;

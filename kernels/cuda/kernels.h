@@ -57,8 +57,9 @@ constexpr int DecodeSplitTokens(int64_t tokens) {
 
 // The work of one attention op over single rows: item_begin[i] is the number of (split, KV head)
 // items of the rows before row i, so row i has item_begin[i + 1] - item_begin[i] of them:
-//   ceil(tokens attended / split tokens) * num_kv_heads.
-// Splits are cut at fixed ranks of the id list (of the context, when all is attended).
+//   ceil(tokens attended / DecodeSplitTokens(tokens attended)) * num_kv_heads,
+// where a list of ids attends to whole blocks. Splits are cut at fixed ranks of the id list (of the
+// context, when all is attended).
 struct DecodePlan {
   const int32_t* item_begin = nullptr;  // device [num_rows + 1]
   int64_t items_capacity = 0;  // At least item_begin[num_rows], of any step that replays this one.

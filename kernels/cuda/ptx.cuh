@@ -157,10 +157,6 @@ __device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* counter) {
   return value;
 }
 
-// ---- programmatic launches --------------------------------------------------------------------
-
-// Waits until the kernel before has ended and what it wrote can be read. Returns at once when this
-// kernel was launched the ordinary way.
 // ---- words that other CTAs wait for ------------------------------------------------------------
 
 // Each word is seen whole, and in no order with others.
@@ -192,6 +188,10 @@ __device__ __forceinline__ void PrefetchL2(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
+// ---- programmatic launches --------------------------------------------------------------------
+
+// Waits until the kernel before has ended and what it wrote can be read. Returns at once when this
+// kernel was launched the ordinary way.
 __device__ __forceinline__ void WaitForPriorKernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

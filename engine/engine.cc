@@ -48,6 +48,7 @@ Engine::~Engine() {
   StartDraining();
   AbortAll();
   ReadMail();
+  Deliver();
   Retire();
 }
 
@@ -110,6 +111,7 @@ bool Engine::Step() {
   ExpireDeadlines();
   Retire();
   if (sequences_.empty()) {
+    Deliver();
     plan_.Clear();
     PublishLoad(/*progress=*/false);
     return false;
@@ -121,8 +123,15 @@ bool Engine::Step() {
   Execute();
   PostProcess(start);
   Retire();
+  if (sequences_.empty()) Deliver();  // There is no next step to wait for.
   PublishLoad(/*progress=*/true);
   return true;
+}
+
+void Engine::Flush() {
+  Deliver();
+  Retire();
+  PublishLoad(/*progress=*/false);
 }
 
 void Engine::ReadMail() {
@@ -289,12 +298,18 @@ void Engine::GivePages(Sequence* sequence, const Work& work) {
 void Engine::Execute() {
   output_.samples.clear();
   step_status_ = absl::OkStatus();
-  if (segments_.empty()) return;
-  step_status_ = executor_->Execute(StepInput{copies_, segments_}, &output_);
+  if (segments_.empty()) return Deliver();
+  step_status_ = executor_->Execute(StepInput{copies_, segments_}, &output_, [this] { Deliver(); });
   if (!step_status_.ok()) return;
   const auto emitting = std::count_if(segments_.begin(), segments_.end(),
                                       [](const SegmentInput& s) { return s.sample.has_value(); });
   RESA_CHECK_EQ(static_cast<int64_t>(output_.samples.size()), static_cast<int64_t>(emitting));
+}
+
+// What the last step and the mail had for the clients. May end requests that are in the step being
+// computed: their pages go to nobody before it is done.
+void Engine::Deliver() {
+  outbox_.Deliver([this](RequestId id, const absl::Status& status) { EndRequest(id, status); });
 }
 
 void Engine::PostProcess(absl::Time start) {
@@ -408,11 +423,11 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
 
   Finished finished;
   bool ends = false;
-  delta_.index = sequence->index;
-  delta_.text.clear();
-  delta_.token_ids.assign(1, sample.token);
-  delta_.logprobs.resize(request.output.logprobs ? 1 : 0);
-  if (request.output.logprobs) Fill(sample, &delta_.logprobs[0]);
+  Delta& delta = outbox_.AddDelta(request.id, request.sink);
+  delta.index = sequence->index;
+  delta.token_ids.assign(1, sample.token);
+  delta.logprobs.resize(request.output.logprobs ? 1 : 0);
+  if (request.output.logprobs) Fill(sample, &delta.logprobs[0]);
   const bool stop_token = EndsOutput(*sequence, sample.token);
   if (stop_token) {
     ends = true;
@@ -421,7 +436,7 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
   if (sequence->detokenizer != nullptr && (!stop_token || request.stop.include_stop)) {
     const bool may_stop = !sequence->forced() && sequence->output_len() >= request.stop.min_tokens;
     Detokenizer::Step step = sequence->detokenizer->Push(sample.token, may_stop);
-    delta_.text.append(step.text);
+    delta.text.append(step.text);
     if (step.matched_stop.has_value()) {
       ends = true;
       finished.matched_stop = *std::move(step.matched_stop);
@@ -433,12 +448,7 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
     finished.reason = FinishReason::kLength;
   }
   if (ends && sequence->detokenizer != nullptr && finished.matched_stop.empty()) {
-    delta_.text += sequence->detokenizer->Finish();
-  }
-  if (!request.sink->OnDelta(delta_)) {
-    EndRequest(request.id, absl::ResourceExhaustedError(
-                               "the client reads too slowly; its output buffer is full"));
-    return;
+    delta.text += sequence->detokenizer->Finish();
   }
   if (ends) Finish(sequence, std::move(finished));
 }
@@ -461,7 +471,7 @@ void Engine::Finish(Sequence* sequence, Finished finished) {
 
   MarkDone(sequence);
   std::erase(live_.at(request.id).outputs, sequence);
-  request.sink->OnFinished(std::move(finished));
+  outbox_.AddFinished(request.id, request.sink, std::move(finished));
 }
 
 void Engine::EndRequest(RequestId id, const absl::Status& status) {
@@ -471,7 +481,7 @@ void Engine::EndRequest(RequestId id, const absl::Status& status) {
   for (Sequence* sequence : live.outputs) MarkDone(sequence);
   live.outputs.clear();
   observer_->OnError(status);
-  live.request->sink->OnError(status);
+  outbox_.AddError(id, live.request->sink, status);
 }
 
 void Engine::LeaveQueue(LiveRequest* live) {

@@ -19,6 +19,7 @@
 #include "engine/inbox.h"
 #include "engine/kv_pool.h"
 #include "engine/metrics.h"
+#include "engine/outbox.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
@@ -63,6 +64,9 @@ class Engine {
 
   // One turn. False when there was nothing to do.
   bool Step();
+  // Hands out what would go to the clients while the next step is computed: for those who look after
+  // each turn.
+  void Flush();
   // Turns until Stop(); sleeps while there is nothing to do.
   void Run();
   // CHECKs the invariants of pool and sequences (free + owned pages, reference counts,
@@ -91,6 +95,7 @@ class Engine {
   void ApplyPlan();
   void GivePages(Sequence* sequence, const Work& work);
   void Execute();
+  void Deliver();
   void PostProcess(absl::Time start);
   void Retire();
   void PublishLoad(bool progress);
@@ -135,7 +140,7 @@ class Engine {
   std::vector<PageCopy> copies_;
   std::vector<SegmentInput> segments_;
   StepOutput output_;
-  Delta delta_;  // The token being handed out; its memory is reused.
+  Outbox outbox_;
   absl::Status step_status_;
   int64_t step_count_ = 0;
   uint64_t next_order_ = 0;

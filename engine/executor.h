@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "engine/attention_policy.h"
@@ -47,8 +48,16 @@ struct StepOutput {
 class Executor {
  public:
   virtual ~Executor() = default;
-  // An error here ends every sequence of the step with INTERNAL; the engine goes on.
-  virtual absl::Status Execute(const StepInput& input, StepOutput* output) = 0;
+  // An error here ends every sequence of the step with INTERNAL; the engine goes on. `meanwhile` is
+  // called once: while a device computes, or before a CPU does.
+  absl::Status Execute(
+      const StepInput& input, StepOutput* output, absl::FunctionRef<void()> meanwhile = [] {}) {
+    return DoExecute(input, output, meanwhile);
+  }
+
+ private:
+  virtual absl::Status DoExecute(const StepInput& input, StepOutput* output,
+                                 absl::FunctionRef<void()> meanwhile) = 0;
 };
 
 }  // namespace resa::engine

@@ -19,23 +19,28 @@ absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Create(
   return executor;
 }
 
-absl::Status ModelExecutor::Execute(const StepInput& input, StepOutput* output) {
+absl::Status ModelExecutor::DoExecute(const StepInput& input, StepOutput* output,
+                                      absl::FunctionRef<void()> meanwhile) {
   output->samples.clear();
   kv_->Copy(input.copies);
-  if (input.segments.empty()) return absl::OkStatus();
+  if (input.segments.empty()) {
+    meanwhile();
+    return absl::OkStatus();
+  }
   batch_.Build(input.segments);
   output->samples.resize(batch_.samples().size());
   kernels::StepLists lists = batch_.Lists(output->samples.data());
   lists.owner = this;
   lists.num_heads = num_heads_;
-  ops_->RunStep(lists, [this, &lists] {
+  const auto issue = [this, &lists] {
     transformer_->Forward(batch_, *kv_);
     if (lists.num_samples == 0) return;
     ops_->Sample({.logits = transformer_->Logits(batch_.sampled_rows()),
                   .rows = lists.samples,
                   .num_rows = lists.num_samples,
                   .out = lists.results});
-  });
+  };
+  ops_->RunStep(lists, issue, meanwhile);
   return absl::OkStatus();
 }
 

@@ -30,13 +30,14 @@ class ModelExecutor : public Executor {
                                                                const BatchLimits& limits,
                                                                kernels::Ops* ops);
 
-  // REQUIRES segments as RaggedBatch::Build wants them. Always OK: what a model can do wrong,
-  // logits that are not finite, is told per sample.
-  absl::Status Execute(const StepInput& input, StepOutput* output) override;
-
+  // Execute REQUIRES segments as RaggedBatch::Build wants them. Always OK: what a model can do
+  // wrong, logits that are not finite, is told per sample.
   const KvMemory& kv() const { return *kv_; }
 
  private:
+  absl::Status DoExecute(const StepInput& input, StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override;
+
   ModelExecutor(const ModelConfig& config, const BatchLimits& limits,
                 const kernels::KvLayout& layout, kernels::Ops* ops)
       : num_heads_(config.num_heads), ops_(ops), batch_(limits, layout) {}

@@ -297,7 +297,8 @@ void Ops::Sample(const SampleParams& p) {
   DoSample(p);
 }
 
-void Ops::RunStep(const StepLists& lists, absl::FunctionRef<void()> issue) {
+void Ops::RunStep(const StepLists& lists, absl::FunctionRef<void()> issue,
+                  absl::FunctionRef<void()> meanwhile) {
   RESA_CHECK_GT(lists.rows, 0) << "RunStep: no rows";
   RESA_CHECK(lists.ids != nullptr && lists.positions != nullptr) << "RunStep: a pointer is null";
   CheckLayout("RunStep", lists.layout);
@@ -307,7 +308,7 @@ void Ops::RunStep(const StepLists& lists, absl::FunctionRef<void()> issue) {
   RESA_CHECK(lists.num_chunks == 0 ||
              (lists.num_heads > 0 && lists.num_heads % lists.layout.num_kv_heads == 0))
       << "RunStep: chunks of " << lists.num_heads << " heads";
-  DoRunStep(lists, issue);
+  DoRunStep(lists, issue, meanwhile);
 }
 
 }  // namespace resa::kernels

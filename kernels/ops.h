@@ -102,7 +102,11 @@ class Ops {
   // counters. So it must call the same ops on the same memory whenever owner and counts of `lists`
   // are the same, and look at no result. When RunStep returns, `lists.results` are there, and
   // without samples the step may still run. Page copies go before.
-  void RunStep(const StepLists& lists, absl::FunctionRef<void()> issue);
+  // `meanwhile` is called once: when a device has the step and before its results are waited for;
+  // on the CPU first of all.
+  void RunStep(
+      const StepLists& lists, absl::FunctionRef<void()> issue,
+      absl::FunctionRef<void()> meanwhile = [] {});
 
   const OpCounters& counters() const { return counters_; }
 
@@ -125,7 +129,11 @@ class Ops {
   virtual void DoGatherRows(const GatherRowsParams& params) = 0;
   virtual void DoCopyPages(const CopyPagesParams& params) = 0;
   virtual void DoSample(const SampleParams& params) = 0;
-  virtual void DoRunStep(const StepLists&, absl::FunctionRef<void()> issue) { issue(); }
+  virtual void DoRunStep(const StepLists&, absl::FunctionRef<void()> issue,
+                         absl::FunctionRef<void()> meanwhile) {
+    meanwhile();
+    issue();
+  }
 
   bool CheckLinear(const LinearParams& params);  // And counts; false when there is nothing to do.
 };

@@ -316,7 +316,8 @@ class CudaOps : public Ops {
 
   // ---- a step ----
 
-  void DoRunStep(const StepLists& lists, absl::FunctionRef<void()> issue) override {
+  void DoRunStep(const StepLists& lists, absl::FunctionRef<void()> issue,
+                 absl::FunctionRef<void()> meanwhile) override {
     step_.Stage(lists, context_.stream);
     const StepKey key = PlanChunks();
     results_.Reserve(lists.num_samples);
@@ -339,6 +340,7 @@ class CudaOps : public Ops {
       ++counters_.steps_replayed;
     }
     in_step_ = false;
+    meanwhile();
     if (lists.num_samples > 0) FetchResults(lists.results, lists.num_samples);
   }
 

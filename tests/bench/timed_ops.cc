@@ -143,10 +143,11 @@ void TimedOps::DoSample(const kernels::SampleParams& p) {
   Book(Stage::kSample, RooflineOf(p), [&] { inner_.Sample(p); });
 }
 
-void TimedOps::DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) {
+void TimedOps::DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue,
+                         absl::FunctionRef<void()> meanwhile) {
   kernels::StepLists as_told = lists;
   as_told.may_replay = lists.may_replay && !times_stages_;
-  inner_.RunStep(as_told, issue);
+  inner_.RunStep(as_told, issue, meanwhile);
 }
 
 }  // namespace resa::bench

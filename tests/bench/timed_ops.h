@@ -104,7 +104,8 @@ class TimedOps : public kernels::Ops {
   void DoGatherRows(const kernels::GatherRowsParams& p) override;
   void DoCopyPages(const kernels::CopyPagesParams& p) override;
   void DoSample(const kernels::SampleParams& p) override;
-  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) override;
+  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue,
+                 absl::FunctionRef<void()> meanwhile) override;
 
   // Constant after construction.
   kernels::Ops& inner_;

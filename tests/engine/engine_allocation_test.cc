@@ -33,7 +33,9 @@ class SilentSink final : public OutputSink {
 
 class ZeroExecutor final : public Executor {
  public:
-  absl::Status Execute(const StepInput& input, StepOutput* output) override {
+  absl::Status DoExecute(const StepInput& input, StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override {
+    meanwhile();
     for (const SegmentInput& segment : input.segments) {
       if (segment.sample.has_value()) output->samples.emplace_back();
     }

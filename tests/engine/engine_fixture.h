@@ -74,7 +74,9 @@ class ScriptedExecutor final : public Executor {
     std::vector<Segment> segments;
   };
 
-  absl::Status Execute(const StepInput& input, StepOutput* output) override {
+  absl::Status DoExecute(const StepInput& input, StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override {
+    meanwhile();
     Step step;
     step.copies.assign(input.copies.begin(), input.copies.end());
     for (const SegmentInput& segment : input.segments) {

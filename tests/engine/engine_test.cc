@@ -336,13 +336,66 @@ TEST_F(EngineTest, SlowReaderIsDisconnected) {
   auto slow = Submit(std::move(request));
   slow->buffer = 2;
   auto other = Submit(MakeRequest(3, 10));
-  Steps(3);
+  Steps(4);
   ASSERT_THAT(slow->errors, SizeIs(1));
   EXPECT_EQ(slow->errors[0].code(), absl::StatusCode::kResourceExhausted);
   RunDry();
   EXPECT_THAT(slow->errors, SizeIs(1));
   EXPECT_THAT(slow->finished, IsEmpty());
   EXPECT_THAT(other->Tokens(), SizeIs(10));
+}
+
+TEST_F(EngineTest, ClientsAreToldWhileTheNextStepIsComputed) {
+  auto sink = Submit(MakeRequest(3, 3));
+  std::vector<size_t> told;
+  executor_.draw = [&](const kernels::SampleRow& row) {
+    told.push_back(sink->deltas.size());
+    return ScriptedExecutor::CountUp(row);
+  };
+  Steps(2);
+  EXPECT_THAT(sink->Tokens(), SizeIs(1));
+  // The last one has no next step.
+  Steps(1);
+  EXPECT_THAT(sink->Tokens(), SizeIs(3));
+  EXPECT_THAT(sink->finished, SizeIs(1));
+  EXPECT_THAT(told, ElementsAre(0, 1, 2));
+}
+
+TEST_F(EngineTest, FlushTellsAtOnce) {
+  auto sink = Submit(MakeRequest(3, 3));
+  Steps(1);
+  EXPECT_THAT(sink->deltas, IsEmpty());
+  engine().Flush();
+  EXPECT_THAT(sink->Tokens(), SizeIs(1));
+  engine().Flush();
+  RunDry();
+  EXPECT_THAT(sink->Tokens(), SizeIs(3));
+}
+
+TEST_F(EngineTest, WhatWasSampledBeforeACancelIsToldBeforeIt) {
+  auto sink = Submit(MakeRequest(3, 10));
+  const RequestId id = last_id_;
+  auto other = Submit(MakeRequest(3, 10));
+  Steps(2);
+  engine().Cancel(id);
+  Steps(1);
+  EXPECT_THAT(sink->Tokens(), SizeIs(2));
+  EXPECT_THAT(sink->errors, SizeIs(1));
+  RunDry();
+  EXPECT_THAT(sink->Tokens(), SizeIs(2));
+  EXPECT_THAT(other->Tokens(), SizeIs(10));
+}
+
+TEST_F(EngineTest, AReaderThatRefusesTheLastTokenIsNotToldOfAnEnd) {
+  auto slow = Submit(MakeRequest(3, 3));
+  slow->buffer = 2;
+  auto other = Submit(MakeRequest(3, 10));
+  RunDry();
+  EXPECT_THAT(slow->finished, IsEmpty());
+  ASSERT_THAT(slow->errors, SizeIs(1));
+  EXPECT_EQ(slow->errors[0].code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(other->finished, SizeIs(1));
+  EXPECT_EQ(PagesUsed(), 0);
 }
 
 TEST_F(EngineTest, EchoThatDoesNotFitEndsTheRequestBeforeItRuns) {

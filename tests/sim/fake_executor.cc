@@ -9,7 +9,9 @@ constexpr int32_t kPageTokens = kernels::kPageTokens;
 
 }  // namespace
 
-absl::Status FakeExecutor::Execute(const engine::StepInput& input, engine::StepOutput* output) {
+absl::Status FakeExecutor::DoExecute(const engine::StepInput& input, engine::StepOutput* output,
+                                     absl::FunctionRef<void()> meanwhile) {
+  meanwhile();
   clock_->Advance(absl::Milliseconds(1));
   for (const engine::PageCopy& copy : input.copies) memory_->Copy(copy.from, copy.to);
   const bool fails = std::exchange(fail_next_, false);

@@ -29,7 +29,8 @@ class FakeExecutor final : public engine::Executor {
   // The next step fails half-way: some K/V are garbage, nothing is sampled.
   void FailNextStep() { fail_next_ = true; }
 
-  absl::Status Execute(const engine::StepInput& input, engine::StepOutput* output) override;
+  absl::Status DoExecute(const engine::StepInput& input, engine::StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override;
 
  private:
   void Run(const engine::SegmentInput& segment, engine::StepOutput* output);

@@ -47,7 +47,9 @@ std::optional<Bug> BugNamed(absl::string_view name) {
   return std::nullopt;
 }
 
-absl::Status Saboteur::Execute(const engine::StepInput& input, engine::StepOutput* output) {
+absl::Status Saboteur::DoExecute(const engine::StepInput& input, engine::StepOutput* output,
+                                 absl::FunctionRef<void()> meanwhile) {
+  meanwhile();
   if (!bug_.has_value() || !random_.OneIn(kRarity)) return honest_->Execute(input, output);
   switch (*bug_) {
     case Bug::kLeakedPage:

@@ -42,7 +42,8 @@ class Saboteur final : public engine::Executor {
   void Watch(const engine::Engine* engine) { engine_ = engine; }
   int64_t planted() const { return planted_; }
 
-  absl::Status Execute(const engine::StepInput& input, engine::StepOutput* output) override;
+  absl::Status DoExecute(const engine::StepInput& input, engine::StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override;
 
  private:
   using Segments = std::vector<engine::SegmentInput>;

@@ -130,6 +130,7 @@ void WorldRun::TurnEngine() {
   ++stage_.counts.steps;
   stage_.step_start = clock_.Now();
   if (!engine_->Step()) ++stage_.counts.idle_steps;
+  engine_->Flush();
   checker_.CheckAfterStep(live_);
   const int32_t max_sequences = world_.options.scheduler.max_sequences;
   for (const auto& witness : live_) witness->CheckAfterStep(max_sequences);

@@ -63,11 +63,12 @@ class ObservingOps : public kernels::Ops {
     if (before_sample) before_sample(p);
     inner_.Sample(p);
   }
-  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) override {
+  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue,
+                 absl::FunctionRef<void()> meanwhile) override {
     kernels::StepLists observed = lists;
     // A replay would run without the looks.
     observed.may_replay = lists.may_replay && !after_select && !before_sample;
-    inner_.RunStep(observed, issue);
+    inner_.RunStep(observed, issue, meanwhile);
   }
 
   kernels::Ops& inner_;

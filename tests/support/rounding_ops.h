@@ -76,8 +76,9 @@ class RoundingOps : public kernels::Ops {
   void DoGatherRows(const kernels::GatherRowsParams& p) override { inner_->GatherRows(p); }
   void DoCopyPages(const kernels::CopyPagesParams& p) override { inner_->CopyPages(p); }
   void DoSample(const kernels::SampleParams& p) override { inner_->Sample(p); }
-  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue) override {
-    inner_->RunStep(lists, issue);
+  void DoRunStep(const kernels::StepLists& lists, absl::FunctionRef<void()> issue,
+                 absl::FunctionRef<void()> meanwhile) override {
+    inner_->RunStep(lists, issue, meanwhile);
   }
 
   const std::unique_ptr<kernels::Ops> inner_;

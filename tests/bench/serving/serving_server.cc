@@ -54,7 +54,9 @@ class InstantExecutor final : public engine::Executor {
   explicit InstantExecutor(SharedState* shared)
       : shared_(shared), pacer_(shared->load.tokens_per_s / shared->load.streams) {}
 
-  absl::Status Execute(const engine::StepInput& input, engine::StepOutput* output) override {
+  absl::Status DoExecute(const engine::StepInput& input, engine::StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override {
+    meanwhile();
     pacer_.Wait();
     const size_t name = static_cast<size_t>(step_++ % kStepNames);
     kernels::SampleResult sample;

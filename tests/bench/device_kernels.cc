@@ -158,23 +158,42 @@ class DeviceBench {
     ops_->Download(&ignored, fence_->data(), 1);
   }
 
+  // How often a step runs its ops so that it takes some milliseconds: a step's own start takes 30
+  // us.
+  int RoundsFor(kernels::StepLists lists, const std::function<void()>& issue) {
+    constexpr auto kLeast = std::chrono::milliseconds(4);
+    constexpr int kMost = 64;
+    lists.may_replay = false;
+    ops_->RunStep(lists, issue);
+    Wait();
+    const Clock::time_point begin = Clock::now();
+    ops_->RunStep(lists, issue);
+    Wait();
+    return static_cast<int>(std::clamp<int64_t>(kLeast / (Clock::now() - begin) + 1, 1, kMost));
+  }
+
   // The median over steps of the time of one of `calls` ops; `issue` calls all of them.
   void Report(const std::string& name, const Roofline& roofline, int calls,
               const kernels::StepLists& lists, const std::function<void()>& issue) {
-    const auto step = [&] { ops_->RunStep(lists, issue); };
+    const int rounds = RoundsFor(lists, issue);
+    const auto step = [&] {
+      ops_->RunStep(lists, [&] {
+        for (int i = 0; i < rounds; ++i) issue();
+      });
+    };
     for (int i = 0; i < 4; ++i) step();  // A recording is made on the way.
     Wait();
     std::vector<double> seconds;
     const Clock::time_point start = Clock::now();
     while (seconds.size() < 5 ||
-           (seconds.size() < 200 && Clock::now() - start < std::chrono::milliseconds(400))) {
+           (seconds.size() < 200 && Clock::now() - start < std::chrono::milliseconds(200))) {
       // Several at once, so that neither starting nor waiting is what is timed.
       constexpr int kSteps = 4;
       const Clock::time_point begin = Clock::now();
       for (int i = 0; i < kSteps; ++i) step();
       Wait();
       seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count() / kSteps /
-                        calls);
+                        rounds / calls);
     }
     std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
     const double s = seconds[seconds.size() / 2];

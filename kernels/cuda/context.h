@@ -87,6 +87,7 @@ struct Context {
   cublasLtHandle_t cublas = nullptr;
   Scratch cublas_workspace;
   std::shared_ptr<CublasPlans> cublas_plans;
+  ZeroedScratch linear_counter;
 
   ZeroedScratch decode_partials;
   ZeroedScratch decode_counters;
@@ -94,6 +95,7 @@ struct Context {
   std::shared_ptr<ChunkPlanner> chunk_planner;  // ChunkAttend's, made when first used.
   Scratch select;
   ZeroedScratch select_counters;
+  ZeroedScratch select_parcels;  // Of one size for ever, so that no recording's address goes stale.
 };
 
 }  // namespace resa::kernels::cuda

@@ -41,17 +41,17 @@ struct SketchArgs {
   PageTables tables;
   const std::byte* descriptors;
   int32_t* ids;
-  TeamCounters* counters;      // [row][KV head]
-  TeamCandidates* candidates;  // [CTA]
-  std::byte* mass_scratch;     // [CTA][scratch_bytes], for CTAs whose part is large.
-  int32_t* survivor_scratch;   // [row][KV head][2][survivor_stride]
+  TeamCounters* counters;  // [row][KV head]
+  LaunchCount* launches;
+  TeamParcels* parcels;       // [CTA]
+  std::byte* mass_scratch;    // [CTA][scratch_bytes], for CTAs whose part is large.
+  int32_t* survivor_scratch;  // [row][KV head][2][survivor_stride]
   int64_t scratch_bytes;
   int64_t survivor_stride;
-  int mass_bytes;  // Of shared memory, for masses;
-  int tail_bytes;  // and for the rings, then RankShared and the keys.
+  int shared_blocks;  // Whose masses and keys are in shared memory.
+  int tail_bytes;     // Of it, for the rings, then RankShared and the keys; masses follow.
   int num_rows;
-  int fixed_team;  // 0: teams by the lengths of the rows. Else the places of each team in the grid,
-  int team_chunks;  // of which a row takes one per so many chunks.
+  bool teams;  // By the lengths of the rows. Else a CTA does whole rows and KV heads.
   int num_kv_heads;
   int group;
   int block_tokens;
@@ -94,11 +94,12 @@ __device__ __forceinline__ float FloatOfKey(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
 }
 
-// Scores of the CTA's blocks, as keys, and which bins they are in.
+// Scores of the CTA's blocks, as keys, and of a long row which bins they are in.
 __device__ __forceinline__ void FoldMasses(const MassMemory& memory, const TopKRange& range,
                                            const TopKBudget& budget, int group,
                                            const TeamBins& bins, const float* weights,
                                            TeamShared& shared) {
+  const bool counts = budget.blocks > kMaxCandidates;
   for (int i = static_cast<int>(threadIdx.x) * 4; i < range.count; i += kThreads * 4) {
     float score[4] = {};
 #pragma unroll 4
@@ -120,11 +121,25 @@ __device__ __forceinline__ void FoldMasses(const MassMemory& memory, const TopKR
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       keys[j] = __float_as_uint(score[j]);
-      if (i + j < range.count && !budget.Forces(range.first + i + j)) {
+      if (counts && i + j < range.count && !budget.Forces(range.first + i + j)) {
         bins.Count(shared, keys[j]);
       }
     }
     *reinterpret_cast<uint4*>(memory.keys + i) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
+  }
+}
+
+// Masses of some blocks from shared to global memory, where they are those from `first` on.
+__device__ __forceinline__ void MoveMasses(const MassMemory& from, const MassMemory& to, int first,
+                                           int blocks, int group) {
+  for (int h = 0; h < group; ++h) {
+    for (int i = static_cast<int>(threadIdx.x) * 4; i < blocks; i += kThreads * 4) {
+      const auto at = static_cast<int64_t>(h) * to.stride + first + i;
+      *reinterpret_cast<uint2*>(to.upper + at) =
+          *reinterpret_cast<const uint2*>(from.upper + h * from.stride + i);
+      *reinterpret_cast<uint32_t*>(to.lower + at) =
+          *reinterpret_cast<const uint32_t*>(from.lower + h * from.stride + i);
+    }
   }
 }
 
@@ -147,11 +162,14 @@ struct SketchUnit {
   int unit;
   int kv_head;
   Team team;
+  uint32_t launches;  // Before this one.
 
   __device__ __forceinline__ RankShared& Rank() const {
     return *reinterpret_cast<RankShared*>(tail);
   }
   __device__ __forceinline__ std::byte* KeysAt() const { return tail + sizeof(RankShared); }
+  // In turns the samples of the base, masses, unless they are in global memory, and candidates.
+  __device__ __forceinline__ std::byte* MassesAt() const { return tail + args.tail_bytes; }
   __device__ __forceinline__ int32_t* List(int planes) const {
     return args.survivor_scratch +
            (static_cast<int64_t>(unit) * 2 + planes % 2) * args.survivor_stride;
@@ -177,30 +195,54 @@ struct SketchUnit {
     return source;
   }
 
+  // A head's total, with those of the team's other CTAs added: a warp's work. Parcels have the
+  // total in units of 2^-74, of which 2^50 are one of `upper`, and whether a mass was cut off.
+  __device__ __forceinline__ void AddTeamTotal(int head, bool exact) {
+    constexpr int kLowerBits = 50;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Total own = shared.totals[head];
+    own.upper += own.lower >> kLowerBits;
+    own.lower &= (1ull << kLowerBits) - 1;
+    if (lane == 0) {
+      const uint64_t middle = own.upper << (kLowerBits - 32) | own.lower >> 32;
+      const auto top = static_cast<uint32_t>(middle >> 32);
+      SendParcel(&team.parcels[team.rank].totals[exact ? 1 : 0][head],
+                 static_cast<uint32_t>(own.lower), static_cast<uint32_t>(middle),
+                 top << 1 | shared.saturated, team.tag);
+    }
+    Total sum;
+    uint32_t saturated = 0;
+    ReceiveParcels(
+        lane, 32, team.size, team.tag,
+        [&](int r) { return &team.parcels[r].totals[exact ? 1 : 0][head]; },
+        [&](int, const uint4& parcel) {
+          const uint64_t middle = static_cast<uint64_t>(parcel.z >> 1) << 32 | parcel.y;
+          sum.upper += middle >> (kLowerBits - 32);
+          sum.lower += (middle & ((1ull << (kLowerBits - 32)) - 1)) << 32 | parcel.x;
+          saturated |= parcel.z & 1;
+        });
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) {
+      sum.upper += __shfl_xor_sync(kAllLanes, sum.upper, bit);
+      sum.lower += __shfl_xor_sync(kAllLanes, sum.lower, bit);
+    }
+    saturated = __reduce_or_sync(kAllLanes, saturated);
+    if (lane != 0) return;
+    shared.totals[head] = sum;
+    if (saturated != 0) atomicOr(&shared.team_saturated, 1u);
+  }
+
   // The team's totals, in shared memory; whether a mass of its tokens was cut off.
-  __device__ __forceinline__ bool MeetWithTotals() {
-    const int thread = static_cast<int>(threadIdx.x);
+  __device__ __forceinline__ bool MeetWithTotals(bool first_pass, bool exact) {
     __syncthreads();
     if (team.size == 1) return shared.saturated != 0;
-    if (thread < args.group) {
-      atomicAdd(&team.counters->upper[thread], shared.totals[thread].upper);
-      atomicAdd(&team.counters->lower[thread], shared.totals[thread].lower);
-    }
-    if (thread == 0 && shared.saturated != 0) atomicOr(&team.counters->saturated, 1u);
-    team.Meet();
-    if (thread < args.group) {
-      shared.totals[thread].upper = __ldcg(&team.counters->upper[thread]);
-      shared.totals[thread].lower = __ldcg(&team.counters->lower[thread]);
-    }
-    return __ldcg(&team.counters->saturated) != 0;
-  }
-  // REQUIRES a meeting since MeetWithTotals.
-  __device__ __forceinline__ void ClearTotals() {
-    if (team.size == 1 || team.rank != 0 || threadIdx.x >= kMaxGroup) return;
-    team.counters->upper[threadIdx.x] = 0;
-    team.counters->lower[threadIdx.x] = 0;
-    team.counters->largest[threadIdx.x] = 0;
-    team.counters->saturated = 0;
+    LetNextStart();
+    static_assert(kWarps >= kMaxGroup);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp < args.group) AddTeamTotal(warp, exact);
+    if (first_pass && !exact && threadIdx.x == kThreads - 1) args.launches->Count(launches);
+    __syncthreads();
+    return shared.team_saturated != 0;
   }
 
   __device__ __forceinline__ void PrepareQueries() {
@@ -232,10 +274,12 @@ struct SketchUnit {
       if (has_head) atomicMax(&team.counters->largest[thread], TopKKey(largest));
       team.Meet();
       if (has_head) largest = FloatOfKey(__ldcg(&team.counters->largest[thread]));
+      team.Meet();
+      if (has_head && team.rank == 0) team.counters->largest[thread] = 0;
     }
     if (has_head) shared.base[thread] = BaseFor(largest, exact ? 2.0f : kHeadroomOctaves);
     if (thread < kMaxGroup) shared.totals[thread] = Total();
-    if (thread == 0) shared.saturated = 0;
+    if (thread == 0) shared.saturated = shared.team_saturated = 0;
     __syncthreads();
   }
 
@@ -244,18 +288,27 @@ struct SketchUnit {
   // that falls far short, once more relative to the largest of all.
   template <int kPlanes, bool kList>
   __device__ __forceinline__ void Score(const SketchSource& source, int begin, int end,
-                                        const MassMemory& masses, bool prepare_queries) {
+                                        const MassMemory& window, int window_chunks,
+                                        const MassMemory& masses, bool first_pass) {
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
-    ChunkStream<kDim, kPlanes, kList> stream(source, begin, end, tail);
+    ChunkStream<kDim, kPlanes, kList> stream(source, begin, min(end, begin + window_chunks), tail);
     const auto sample =
         static_cast<int>((source.tokens - 1) / kStepTokens * int64_t{warp} / (kWarps - 1));
     const int sample_chunk = sample / kChunkSteps;
     const uint32_t sample_places = stream.reader.Places(sample_chunk);
+    const uint32_t sample_slots =
+        SharedAddress(MassesAt()) + warp * stream.kStepBytes + thread % 32 * 16;
     stream.FindPlaces();
-    stream.CopyOne(sample_places, sample % kChunkSteps);
-    if (prepare_queries) PrepareQueries();
+    if (first_pass) {  // What is above, no kernel writes.
+      WaitForPrevious();
+      if (team.size > 1) launches = args.launches->Before();
+    }
+    stream.CopyOne(sample_places, sample % kChunkSteps, sample_slots);
+    stream.Start();
+    if (first_pass) PrepareQueries();
     __syncthreads();
+    team.tag = (launches + 1) << 2 | kPlanes;
     SketchOperand<kDim, kHeads> operand;
     operand.Load(shared.queries);
     LaneHeads<kHeads> heads;
@@ -263,8 +316,7 @@ struct SketchUnit {
     {
       SketchSums<kHeads> sums;
       uint4 scales;
-      stream.ReadOne(operand, &sums, &scales);
-      stream.Start();
+      stream.template ReadOne<kSlots>(operand, sample_slots, &sums, &scales);
       LargestEstimates<kHeads> largest;
       largest.AddStep(sums, scales, sample % kChunkSteps,
                       source.tokens - sample_chunk * kChunkTokens, heads);
@@ -274,20 +326,32 @@ struct SketchUnit {
 #pragma unroll 1
     for (bool exact = false;; exact = true) {
       heads.Load(shared.queries, shared.base, args.group, args.ratio[kPlanes]);
-      ScoreChunks(stream, args.group, operand, heads, masses, shared);
-      if (!MeetWithTotals() || exact) break;
-      team.Meet();
-      ClearTotals();
+      for (int at = begin;;) {
+        ScoreChunks(stream, args.group, operand, heads, window, shared);
+        if (end - begin <= window_chunks) break;
+        const int chunk_blocks = kChunkQuarters >> source.quarter_shift;
+        const int next = min(end, at + window_chunks);
+        __syncthreads();
+        MoveMasses(window, masses, (at - begin) * chunk_blocks, (next - at) * chunk_blocks,
+                   args.group);
+        __syncthreads();
+        at = next == end ? begin : next;
+        stream.Move(at, min(end, at + window_chunks));
+        if (next == end) break;
+        stream.FindPlaces();
+        stream.Start();
+      }
+      if (!MeetWithTotals(first_pass, exact) || exact) break;
       LargestEstimates<kHeads> largest;
 #pragma unroll 1
       for (int chunk = begin + warp; chunk < end; chunk += kWarps) {
         const uint32_t places = stream.reader.Places(chunk);
 #pragma unroll 1
         for (int j = 0; j < kChunkSteps; ++j) {
-          stream.CopyOne(places, j);
+          stream.CopyOne(places, j, sample_slots);
           SketchSums<kHeads> sums;
           uint4 scales;
-          stream.ReadOne(operand, &sums, &scales);
+          stream.template ReadOne<0>(operand, sample_slots, &sums, &scales);
           largest.AddStep(sums, scales, j, source.tokens - chunk * kChunkTokens, heads);
         }
       }
@@ -300,7 +364,7 @@ struct SketchUnit {
       const double value = shared.totals[thread].Value();
       shared.weight[thread] = value > 0 ? static_cast<float>(1.0 / value) : 0.0f;
     }
-    TeamBins::Clear<kThreads>(Rank().team);
+    ClearTopK<kThreads>(Rank().team);
     __syncthreads();
   }
 
@@ -314,17 +378,18 @@ struct SketchUnit {
     const int first_block = min(source.blocks, begin * chunk_blocks);
     const TopKRange range = {first_block, min(source.blocks, end * chunk_blocks) - first_block};
     const int most = per_cta * chunk_blocks;
-    const bool fits = MassMemory::MassBytesFor(most, args.group) <= args.mass_bytes &&
-                      KeysAt() + MassMemory::KeyBytesFor(most) <= tail + args.tail_bytes;
+    const MassMemory window(KeysAt(), MassesAt(), args.shared_blocks, args.group);
+    const bool fits = most <= args.shared_blocks;
     std::byte* const scratch = args.mass_scratch + blockIdx.x * args.scratch_bytes;
-    const MassMemory masses(fits ? KeysAt() : scratch,
-                            fits ? tail + args.tail_bytes : scratch + MassMemory::KeyBytesFor(most),
-                            most, args.group);
+    const MassMemory masses =
+        fits ? window
+             : MassMemory(scratch, scratch + MassMemory::KeyBytesFor(most), most, args.group);
+    const int window_chunks = fits ? per_cta : args.shared_blocks / chunk_blocks;
 
     if (kPlanes == 1 || first) {
-      Score<kPlanes, false>(source, begin, end, masses, first);
+      Score<kPlanes, false>(source, begin, end, window, window_chunks, masses, first);
     } else {
-      Score<kPlanes, true>(source, begin, end, masses, false);
+      Score<kPlanes, true>(source, begin, end, window, window_chunks, masses, false);
     }
     const TeamBins bins(static_cast<float>(args.group) / static_cast<float>(source.blocks));
     TopKBudget pass = budget;
@@ -336,8 +401,8 @@ struct SketchUnit {
     }
     FoldMasses(masses, range, pass, args.group, bins, shared.weight, Rank().team);
     __syncthreads();
-    const TopKCut cut = FindTeamCut<kThreads>(team, Rank().team, masses.keys, range, pass, bins);
-    ClearTotals();
+    const TopKCut cut = FindTeamCut<kThreads>(team, Rank().team, masses.keys, range, pass, most,
+                                              bins, reinterpret_cast<uint32_t*>(MassesAt()));
     out += cut.Offset();
     const auto key_at = [&](int i) { return masses.keys[i]; };
     const int kept = WriteTopKIds<kThreads>(Rank().warp_counts, key_at, range, pass, cut, out);
@@ -353,30 +418,18 @@ struct SketchUnit {
 
 // ---- which CTA does what ------------------------------------------------------------------------
 
-constexpr int kMaxProportionalRows = 160;
+constexpr int kMaxRowsInTeams = 160;
 
 // The chunks that a row's scoring takes; 0 when nothing is scored.
 __device__ __forceinline__ int ChunksOfRow(const SparseRow& row, int block_tokens) {
   return TopKBudgetOf(row, block_tokens).ScoresDecide() ? row.position / kChunkTokens + 1 : 0;
 }
 
-// Teams of a fixed number of places, of which a row takes as many as it is long.
-__device__ __forceinline__ void FindFixedPlace(const SketchArgs& args, TeamPlace* place) {
-  const int unit = static_cast<int>(blockIdx.x) / args.fixed_team;
-  place->index = unit / args.num_kv_heads;
-  place->kv_head = unit % args.num_kv_heads;
-  place->rank = static_cast<int>(blockIdx.x) % args.fixed_team;
-  place->row = args.rows[place->index];
-  const int chunks = ChunksOfRow(place->row, args.block_tokens);
-  place->size = min(args.fixed_team, max(1, (chunks + args.team_chunks - 1) / args.team_chunks));
-  if (place->rank >= place->size) place->index = -1;
-}
-
 // Teams as large as their rows are long: the least part of a row, in chunks, by which all rows cut
 // to such parts have no more of them than the grid has CTAs (found to a sixteenth). A warp's work.
 // REQUIRES that the grid has a CTA per row and KV head.
-__device__ __forceinline__ void FindProportionalPlace(const SketchArgs& args, TeamPlace* place) {
-  constexpr int kRowsPerLane = kMaxProportionalRows / 32;
+__device__ __forceinline__ void FindPlace(const SketchArgs& args, TeamPlace* place) {
+  constexpr int kRowsPerLane = kMaxRowsInTeams / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int grid = static_cast<int>(gridDim.x);
   int chunks[kRowsPerLane];
@@ -427,38 +480,30 @@ __device__ __forceinline__ void FindProportionalPlace(const SketchArgs& args, Te
   if (!__any_sync(kAllLanes, found) && lane == 0) place->index = -1;
 }
 
-// Every row is scored with at least kLeastPlanes: the others are read whole.
+// The work of a CTA that has a place.
 template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
-__global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchArgs args) {
-  extern __shared__ uint4 dynamic[];
-  SketchShared& shared = *reinterpret_cast<SketchShared*>(dynamic);
-  const int thread = static_cast<int>(threadIdx.x);
-  WaitForPrevious();
-  if (thread < 32) {
-    if (args.fixed_team == 0) {
-      FindProportionalPlace(args, &shared.place);
-    } else if (thread == 0) {
-      FindFixedPlace(args, &shared.place);
-    }
-  }
-  __syncthreads();
-  const TeamPlace place = shared.place;
-  if (place.index < 0) return;
+__device__ __forceinline__ void SelectAtPlace(const SketchArgs& args, const TeamPlace& place,
+                                              SketchScanShared& shared, std::byte* tail) {
   const TopKBudget budget = TopKBudgetOf(place.row, args.block_tokens);
   if (!budget.ScoresDecide()) {
+    WaitForPrevious();
     int32_t* const ids = args.ids + place.row.ids_begin +
                          static_cast<int64_t>(place.kv_head) * place.row.keep_blocks;
-    for (int i = thread; i < budget.keep; i += kThreads) ids[i] = budget.UnscoredId(i);
+    for (int i = static_cast<int>(threadIdx.x); i < budget.keep; i += kThreads) {
+      ids[i] = budget.UnscoredId(i);
+    }
     return;
   }
-
   const int unit = place.index * args.num_kv_heads + place.kv_head;
   const bool alone = place.size == 1;
-  const Team team = {place.rank, place.size, alone ? nullptr : args.counters + unit,
-                     alone ? nullptr : args.candidates + blockIdx.x - place.rank, 0};
-  auto* const tail = reinterpret_cast<std::byte*>(dynamic) + sizeof(SketchShared);
-  SketchUnit<kDim, kHeads, kLastPlanes> work = {args,   shared.scan, tail,          place.row,
-                                                budget, unit,        place.kv_head, team};
+  const Team team = {place.rank,
+                     place.size,
+                     alone ? nullptr : args.counters + unit,
+                     alone ? nullptr : args.parcels + blockIdx.x - place.rank,
+                     0,
+                     0};
+  SketchUnit<kDim, kHeads, kLastPlanes> work = {args, shared,        tail, place.row, budget,
+                                                unit, place.kv_head, team, 0};
   int first = kLeastPlanes;
   if constexpr (kLeastPlanes < kLastPlanes) {
     while (first < kLastPlanes && RefineCount(args, budget, first + 1) == budget.blocks) ++first;
@@ -473,9 +518,38 @@ __global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchAr
   work.team.Leave();
 }
 
-// ---- launcher ---------------------------------------------------------------------------------
+// Every row is scored with at least kLeastPlanes: the others are read whole.
+template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
+__global__ void __launch_bounds__(kThreads, 1) SelectSketchKernel(const SketchArgs args) {
+  extern __shared__ uint4 dynamic[];
+  SketchShared& shared = *reinterpret_cast<SketchShared*>(dynamic);
+  std::byte* const tail = reinterpret_cast<std::byte*>(dynamic) + sizeof(SketchShared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int units = args.teams ? 1 : args.num_rows * args.num_kv_heads - blockIdx.x;
+  // In teams, once.
+#pragma unroll 1
+  for (int turn = 0; turn < units; turn += static_cast<int>(gridDim.x)) {
+    if (args.teams) {
+      if (thread < 32) FindPlace(args, &shared.place);
+    } else if (thread == 0) {
+      const int unit = static_cast<int>(blockIdx.x) + turn;
+      const int index = unit / args.num_kv_heads;
+      shared.place = {args.rows[index], index, unit % args.num_kv_heads, 0, 1};
+    }
+    __syncthreads();
+    const TeamPlace place = shared.place;
+    if (args.teams && (place.index < 0 || place.size == 1) && thread == 0) {
+      WaitForPrevious();
+      args.launches->Count(args.launches->Before());
+    }
+    if (place.index >= 0) {
+      SelectAtPlace<kDim, kHeads, kLeastPlanes, kLastPlanes>(args, place, shared.scan, tail);
+    }
+    __syncthreads();
+  }
+}
 
-constexpr int kMaxFixedTeam = 16;
+// ---- launcher ---------------------------------------------------------------------------------
 
 // How shared memory is divided.
 struct SketchMemory {
@@ -489,10 +563,15 @@ struct SketchMemory {
         group(group_size),
         ring_bytes(rings),
         most_blocks(0) {
-    while (TailBytes(most_blocks + 64) + MassMemory::MassBytesFor(most_blocks + 64, group) <=
-           available) {
+    while (TailBytes(most_blocks + 64) + MassBytes(most_blocks + 64) <= available) {
       most_blocks += 64;
     }
+  }
+  // Masses, or what has their place when there are none.
+  int64_t MassBytes(int64_t blocks) const {
+    const int64_t candidates = (kMaxCandidates + kParcelKeys) * sizeof(uint32_t);
+    return std::max(
+        {MassMemory::MassBytesFor(blocks, group), ring_bytes, (candidates + 15) / 16 * 16});
   }
   int64_t TailBytes(int64_t blocks) const {
     const auto rank_bytes = static_cast<int64_t>(sizeof(RankShared));
@@ -507,22 +586,14 @@ struct SketchGrid {
 };
 
 // With few (row, KV head) pairs all multiprocessors have a CTA each, dealt out by length. Otherwise
-// each pair has one CTA, or as many as it takes to hold its masses in shared memory.
-SketchGrid PlanGrid(int64_t units, int64_t row_chunks, int64_t chunks_that_fit, int sms,
-                    SketchArgs* args) {
-  if (units <= sms && args->num_rows <= kMaxProportionalRows) {
-    args->fixed_team = 0;
-    // Parts of this size are few enough: one more than whole ones for each row.
-    const int64_t spare = sms - units;
-    const int64_t enough = spare == 0 ? row_chunks : (row_chunks * units + spare - 1) / spare;
-    const int64_t most = std::max<int64_t>(kWarps, enough + enough / 16 + 1);
-    return {sms, std::min(row_chunks, most)};
-  }
-  args->team_chunks = static_cast<int>(std::min<int64_t>(chunks_that_fit, 1 << 20));
-  args->fixed_team = static_cast<int>(
-      std::min<int64_t>(kMaxFixedTeam, (row_chunks + chunks_that_fit - 1) / chunks_that_fit));
-  return {units * args->fixed_team,
-          std::max(chunks_that_fit, (row_chunks + args->fixed_team - 1) / args->fixed_team)};
+// each pair has one CTA, with its masses in global memory if it must be.
+SketchGrid PlanGrid(int64_t units, int64_t row_chunks, int sms, bool teams) {
+  if (!teams) return {std::min<int64_t>(units, sms), row_chunks};
+  // Parts of this size are few enough: one more than whole ones for each row.
+  const int64_t spare = sms - units;
+  const int64_t enough = spare == 0 ? row_chunks : (row_chunks * units + spare - 1) / spare;
+  const int64_t most = std::max<int64_t>(kWarps, enough + enough / 16 + 1);
+  return {sms, std::min(row_chunks, most)};
 }
 
 template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
@@ -540,11 +611,13 @@ void Launch(Context& context, SketchArgs args) {
   const int64_t chunk_blocks = kChunkTokens / args.block_tokens;
   const SketchMemory memory(context.device.shared_bytes_per_block, args.group,
                             kWarps * SketchRing<kDim>::kBytes);
-  const SketchGrid grid =
-      PlanGrid(units, row_chunks, memory.most_blocks / chunk_blocks, context.device.sms, &args);
+  const int sms = context.device.sms;
+  args.teams = units <= sms && args.num_rows <= kMaxRowsInTeams;
+  const SketchGrid grid = PlanGrid(units, row_chunks, sms, args.teams);
   const int64_t blocks = grid.most_chunks * chunk_blocks;
   const int64_t shared_blocks = std::min(blocks, memory.most_blocks);
-  args.mass_bytes = static_cast<int>(MassMemory::MassBytesFor(shared_blocks, args.group));
+  const int64_t shared_mass_bytes = memory.MassBytes(shared_blocks);
+  args.shared_blocks = static_cast<int>(shared_blocks);
   args.tail_bytes = static_cast<int>(memory.TailBytes(shared_blocks));
   args.scratch_bytes = 0;
   if (blocks > memory.most_blocks) {
@@ -556,18 +629,23 @@ void Launch(Context& context, SketchArgs args) {
       kLeastPlanes == kLastPlanes ? 0 : args.tables.stride * (kPageTokens / args.block_tokens);
 
   const auto mass_bytes = static_cast<size_t>(args.scratch_bytes * grid.ctas);
-  const size_t candidate_bytes = static_cast<size_t>(grid.ctas) * sizeof(TeamCandidates);
   const size_t survivor_bytes =
       static_cast<size_t>(args.survivor_stride * units * 2) * sizeof(int32_t);
-  std::byte* const scratch = context.select.Reserve(mass_bytes + candidate_bytes + survivor_bytes);
+  std::byte* const scratch = context.select.Reserve(mass_bytes + survivor_bytes);
   args.mass_scratch = scratch;
-  args.candidates = reinterpret_cast<TeamCandidates*>(scratch + mass_bytes);
-  args.survivor_scratch = reinterpret_cast<int32_t*>(scratch + mass_bytes + candidate_bytes);
-  args.counters = reinterpret_cast<TeamCounters*>(context.select_counters.Reserve(
-      static_cast<size_t>(units) * sizeof(TeamCounters) / sizeof(uint32_t), context.stream));
+  args.survivor_scratch = reinterpret_cast<int32_t*>(scratch + mass_bytes);
+  if (args.teams) {
+    RESA_CHECK(sms <= kMaxTeam) << "SelectSketch: " << sms << " multiprocessors";
+    const auto words = [](size_t bytes) { return bytes / sizeof(uint32_t); };
+    args.counters = reinterpret_cast<TeamCounters*>(context.select_counters.Reserve(
+        words(static_cast<size_t>(units) * sizeof(TeamCounters)), context.stream));
+    args.parcels = reinterpret_cast<TeamParcels*>(context.select_parcels.Reserve(
+        words((static_cast<size_t>(sms) + 1) * sizeof(TeamParcels)), context.stream));
+    args.launches = reinterpret_cast<LaunchCount*>(args.parcels + sms);
+  }
   LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(grid.ctas)), dim3(kThreads),
-                   sizeof(SketchShared) + static_cast<size_t>(args.tail_bytes + args.mass_bytes), 1,
-                   args);
+                   sizeof(SketchShared) + static_cast<size_t>(args.tail_bytes + shared_mass_bytes),
+                   1, args);
 }
 
 template <int kDim, int kHeads>

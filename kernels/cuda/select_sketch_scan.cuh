@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/select_sketch_score.cuh"
@@ -45,7 +46,8 @@ struct Total {
 struct SketchScanShared {
   SketchQueries queries;
   Total totals[kMaxGroup];  // Of this CTA, then of the team.
-  uint32_t saturated;
+  uint32_t saturated;       // A mass was cut off: in this CTA,
+  uint32_t team_saturated;  // in the team.
   float base[kMaxGroup];
   float warp_largest[kSketchWarps][kMaxGroup];
   float weight[kMaxGroup];          // What a head's masses are multiplied by.
@@ -85,12 +87,14 @@ struct StepReader {
   const SketchSource& source;
   const std::byte* words;  // The lane's, of page 0.
   const std::byte* scales;
+  uint32_t scales_in_slot;  // From the lane's words to the scales of its row.
 
   __device__ __forceinline__ explicit StepReader(const SketchSource& from) : source(from) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int in_block = (1 << Shift()) - 1;
     words = from.descriptors + lane % 4 / 2 * 64 + (Quarter() & in_block) * 16;
     scales = from.descriptors + from.scales_at + (Quarter() & in_block) * 8;
+    scales_in_slot = Ring::kScalesAt + static_cast<uint32_t>(lane / 4 * 16 - lane * 16);
   }
   __device__ __forceinline__ static int Quarter() {  // Of the step.
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -114,40 +118,41 @@ struct StepReader {
     }
   }
 
-  // Asks for a plane of a step of the chunk with these places, and for the scales with the first.
-  __device__ __forceinline__ void Copy(uint32_t places, int step, int plane, uint32_t slot) const {
+  // Asks for the scales of a step of the chunk with these places, into a slot of which `slot` is
+  // the lane's place. Returns where the lane's words are.
+  __device__ __forceinline__ const std::byte* CopyScales(uint32_t places, int step,
+                                                         uint32_t slot) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const uint32_t place = __shfl_sync(~0u, places, (step * 16 + Quarter()) >> Shift());
-    const std::byte* const from = At(words, place, 16) + plane * (kDim * 2);
+    const uint32_t to = slot + scales_in_slot;
+    // The scales of quarters 2 r and 2 r + 1 follow each other, unless they are blocks of a list.
+    if (!kList || Shift() != 0) {
+      if (lane % 4 == 0) CopyAsync16(to, At(scales, place, 8));
+    } else if (lane % 4 < 2) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to + lane % 4 * 8),
+                   "l"(At(scales, place, 8))
+                   : "memory");
+    }
+    return At(words, place, 16);
+  }
+  // Asks for a plane of the step.
+  __device__ __forceinline__ static void CopyPlane(const std::byte* step_words, int plane,
+                                                   uint32_t slot) {
 #pragma unroll
     for (int pair = 0; pair < kDim / 64; ++pair) {
-      CopyAsync16(slot + pair * 512 + lane * 16, from + pair * 128);
-    }
-    if (plane == 0) {
-      // The scales of quarters 2 r and 2 r + 1 follow each other, unless they are blocks of a list.
-      const uint32_t to = slot + Ring::kScalesAt + lane / 4 * 16;
-      if (!kList || Shift() != 0) {
-        if (lane % 4 == 0) CopyAsync16(to, At(scales, place, 8));
-      } else if (lane % 4 < 2) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to + lane % 4 * 8),
-                     "l"(At(scales, place, 8))
-                     : "memory");
-      }
+      CopyAsync16(slot + pair * 512, step_words + plane * (kDim * 2) + pair * 128);
     }
     CopyAsyncCommit();
   }
   // What has come.
   __device__ __forceinline__ static PlaneWords<kDim> ReadPlane(uint32_t slot) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
     PlaneWords<kDim> words;
 #pragma unroll
-    for (int pair = 0; pair < kDim / 64; ++pair) {
-      words.pair[pair] = LoadShared16(slot + pair * 512 + lane * 16);
-    }
+    for (int pair = 0; pair < kDim / 64; ++pair) words.pair[pair] = LoadShared16(slot + pair * 512);
     return words;
   }
-  __device__ __forceinline__ static uint4 ReadScales(uint32_t slot) {
-    return LoadShared16(slot + Ring::kScalesAt + static_cast<int>(threadIdx.x) % 32 / 4 * 16);
+  __device__ __forceinline__ uint4 ReadScales(uint32_t slot) const {
+    return LoadShared16(slot + scales_in_slot);
   }
 
   __device__ __forceinline__ const std::byte* At(const std::byte* base, uint32_t place,
@@ -191,7 +196,7 @@ struct LaneHeads {
   }
 };
 
-// Where a CTA keeps masses and keys: [head][stride] each.
+// Where a CTA keeps masses and keys, in shared or in global memory: [head][stride] each.
 struct MassMemory {
   uint32_t* keys;
   uint16_t* upper;
@@ -217,30 +222,31 @@ struct MassMemory {
   }
 };
 
-// Where a lane stores the masses of its heads' blocks, one tile of them. A lane that has nothing to
-// store does so beside the masses, which takes no question.
+// Where a lane stores the masses of its heads' next block, one tile of them. A lane that has
+// nothing to store does so beside the masses, which takes no question.
+template <int kEach>
 struct MassColumn {
-  uint16_t* upper = nullptr;
-  uint8_t* lower = nullptr;
-  int second = 0;   // From the first head to the second, if there is one.
-  int advance = 0;  // Blocks from a chunk of the warp to its next.
+  uint32_t upper[kEach];  // In shared memory.
+  uint32_t lower[kEach];
+  int blocks;  // From a step to the next; zero where nothing is stored.
 
-  __device__ __forceinline__ void Store(int block, float mass) const {
-    const uint32_t bits = PackMass(mass);
-    upper[block] = static_cast<uint16_t>(bits >> 16);
-    lower[block] = static_cast<uint8_t>(bits >> 8);
+  // A head that does not exist is stored first, where its neighbour's is stored then.
+  __device__ __forceinline__ void Store(int block, const float (&masses)[kEach]) const {
+#pragma unroll
+    for (int i = kEach - 1; i >= 0; --i) {
+      const uint32_t bits = PackMass(masses[i]);
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(upper[i] + block * 2),
+                   "h"(static_cast<uint16_t>(bits >> 16))
+                   : "memory");
+      asm volatile("st.shared.u8 [%0], %1;" ::"r"(lower[i] + block), "r"(bits >> 8) : "memory");
+    }
   }
-  // Where there is no second head, the first takes its place again.
-  __device__ __forceinline__ void Store(int block, const float (&masses)[2]) const {
-    Store(second + block, masses[1]);
-    Store(block, masses[0]);
-  }
-  __device__ __forceinline__ void Store(int block, const float (&masses)[1]) const {
-    Store(block, masses[0]);
-  }
-  __device__ __forceinline__ void Advance() {
-    upper += advance;
-    lower += advance;
+  __device__ __forceinline__ void Advance(int by) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      upper[i] += static_cast<uint32_t>(by * 2);
+      lower[i] += static_cast<uint32_t>(by);
+    }
   }
 };
 
@@ -249,30 +255,40 @@ struct MassColumn {
 template <int kDim, int kPlanes, bool kList>
 struct ChunkStream {
   using Ring = SketchRing<kDim>;
+  static constexpr int kStepBytes = kPlanes * Ring::kSlotBytes;
   static constexpr int kTurns = kChunkSteps * kPlanes;           // Planes of a chunk.
   static constexpr int kAhead = (kTurns - 1 + kSlots) / kTurns;  // Chunks that copies go ahead.
-  static_assert(kSlots >= kSketchMaxPlanes);                     // ReadOne
 
   const StepReader<kDim, kList> reader;
-  const int first;
-  const int end;
-  const uint32_t ring;          // The warp's, in shared memory.
+  int first;
+  int end;
+  const uint32_t ring;          // The lane's place in the warp's first slot.
   uint32_t places[kAhead + 1];  // Of the chunk that is scored, and of the warp's next ones.
+  const std::byte* step_words;  // Of the step that was asked for last.
 
   __device__ __forceinline__ ChunkStream(const SketchSource& source, int begin, int end_chunk,
                                          std::byte* rings)
       : reader(source),
         first(begin + static_cast<int>(threadIdx.x) / 32),
         end(end_chunk),
-        ring(SharedAddress(rings) + static_cast<int>(threadIdx.x) / 32 * Ring::kBytes) {}
+        ring(SharedAddress(rings) + static_cast<int>(threadIdx.x) / 32 * Ring::kBytes +
+             static_cast<int>(threadIdx.x) % 32 * 16) {}
 
+  __device__ __forceinline__ void Move(int begin, int end_chunk) {
+    first = begin + static_cast<int>(threadIdx.x) / 32;
+    end = end_chunk;
+  }
   // Behind the last chunk it is read again, to no use: cheaper than a question at each step.
   __device__ __forceinline__ uint32_t PlacesOf(int chunk) const {
     return reader.Places(min(chunk, end - 1));
   }
-  // Asks for a turn of the chunk that is scored or, counted on, of the warp's next ones.
-  __device__ __forceinline__ void Copy(int turn, uint32_t slot) const {
-    reader.Copy(places[turn / kTurns], turn / kPlanes % kChunkSteps, turn % kPlanes, slot);
+  // Asks for a turn of the chunk that is scored or, counted on, of the warp's next ones: they come
+  // one after the other.
+  __device__ __forceinline__ void Copy(int turn, uint32_t slot) {
+    if (turn % kPlanes == 0) {
+      step_words = reader.CopyScales(places[turn / kTurns], turn / kPlanes % kChunkSteps, slot);
+    }
+    reader.CopyPlane(step_words, turn % kPlanes, slot);
   }
   __device__ __forceinline__ void FindPlaces() {
     if (first >= end) return;
@@ -280,63 +296,87 @@ struct ChunkStream {
     for (int i = 0; i <= kAhead; ++i) places[i] = PlacesOf(first + i * kSketchWarps);
   }
   __device__ __forceinline__ void Start() {
-    if (first >= end) return;
 #pragma unroll
-    for (int turn = 0; turn < kSlots; ++turn) Copy(turn, ring + turn * Ring::kSlotBytes);
-  }
-
-  // One step beside the stream, while none of it is under way.
-  __device__ __forceinline__ void CopyOne(uint32_t chunk_places, int step) const {
-#pragma unroll
-    for (int p = 0; p < kPlanes; ++p) {
-      reader.Copy(chunk_places, step, p, ring + p * Ring::kSlotBytes);
+    for (int turn = 0; turn < kSlots; ++turn) {
+      if (first < end) {
+        Copy(turn, ring + turn * Ring::kSlotBytes);
+      } else {
+        CopyAsyncCommit();
+      }
     }
   }
-  template <int kHeads>
+
+  // One step beside the stream, through slots that are not the ring's: the lane's place in them.
+  __device__ __forceinline__ void CopyOne(uint32_t chunk_places, int step, uint32_t slots) const {
+    const std::byte* const from = reader.CopyScales(chunk_places, step, slots);
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) reader.CopyPlane(from, p, slots + p * Ring::kSlotBytes);
+  }
+  // kLater: how many planes have been asked for since.
+  template <int kLater, int kHeads>
   __device__ __forceinline__ void ReadOne(const SketchOperand<kDim, kHeads>& operand,
-                                          SketchSums<kHeads>* sums, uint4* scales) const {
-    CopyAsyncWait<0>();
+                                          uint32_t slots, SketchSums<kHeads>* sums,
+                                          uint4* scales) const {
+    CopyAsyncWait<kLater>();
     __syncwarp();
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
-      sums->Add(reader.ReadPlane(ring + p * Ring::kSlotBytes), 1 << (kPlanes - 1 - p), operand);
+      sums->Add(reader.ReadPlane(slots + p * Ring::kSlotBytes), 1 << (kPlanes - 1 - p), operand);
     }
-    *scales = reader.ReadScales(ring);
+    *scales = reader.ReadScales(slots);
     __syncwarp();
   }
 
-  // Calls step(sums, scales, j, left) for the steps j of each chunk, `left` the tokens from the
-  // chunk's beginning on, and chunk_end() behind a chunk.
+  // Calls step(cut, sums, scales, j, left) for the steps j of each chunk, and chunk_end() behind a
+  // chunk. `cut` is true where the row's last chunk is not whole, `left` the tokens from the
+  // chunk's beginning on.
   template <int kHeads, typename Step, typename ChunkEnd>
   __device__ __forceinline__ void Run(const SketchOperand<kDim, kHeads>& operand, const Step& step,
                                       const ChunkEnd& chunk_end) {
     uint32_t slot = ring;
+    int chunk = first;
+    const int whole = min(end, reader.source.tokens / kChunkTokens);
 #pragma unroll 1
-    for (int chunk = first; chunk < end; chunk += kSketchWarps) {
-      const uint32_t newest = PlacesOf(chunk + (kAhead + 1) * kSketchWarps);
-#pragma unroll
-      for (int j = 0; j < kChunkSteps; ++j) {
-        SketchSums<kHeads> sums;
-        uint4 scales;
-#pragma unroll
-        for (int p = 0; p < kPlanes; ++p) {
-          CopyAsyncWait<kSlots - 1>();
-          __syncwarp();
-          const PlaneWords<kDim> words = reader.ReadPlane(slot);
-          if (p == 0) scales = reader.ReadScales(slot);
-          __syncwarp();
-          Copy(j * kPlanes + p + kSlots, slot);
-          slot = slot == ring + (kSlots - 1) * Ring::kSlotBytes ? ring : slot + Ring::kSlotBytes;
-          sums.Add(words, 1 << (kPlanes - 1 - p), operand);
-        }
-        step(sums, scales, j, reader.source.tokens - chunk * kChunkTokens);
-      }
+    for (; chunk < whole; chunk += kSketchWarps) {
+      RunChunk<false>(chunk, operand, step, &slot);
       chunk_end();
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) places[i] = places[i + 1];
-      places[kAhead] = newest;
+    }
+    if (chunk < end) {
+      RunChunk<true>(chunk, operand, step, &slot);
+      chunk_end();
     }
     CopyAsyncWait<0>();
+  }
+
+ private:
+  template <bool kCut, int kHeads, typename Step>
+  __device__ __forceinline__ void RunChunk(int chunk, const SketchOperand<kDim, kHeads>& operand,
+                                           const Step& step, uint32_t* slot) {
+    const uint32_t newest = PlacesOf(chunk + (kAhead + 1) * kSketchWarps);
+#pragma unroll
+    for (int j = 0; j < kChunkSteps; ++j) {
+      SketchSums<kHeads> sums;
+      uint4 scales;
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p) {
+        CopyAsyncWait<kSlots - 1>();
+        const PlaneWords<kDim> words = reader.ReadPlane(*slot);
+        if (p == 0) {  // The scales, other lanes have asked for.
+          __syncwarp();
+          scales = reader.ReadScales(*slot);
+          __syncwarp();
+        }
+        Copy(j * kPlanes + p + kSlots, *slot);
+        *slot = *slot == ring + (kSlots - 1) * Ring::kSlotBytes ? ring : *slot + Ring::kSlotBytes;
+        sums.Add(words, 1 << (kPlanes - 1 - p), operand);
+      }
+      step(std::bool_constant<kCut>(), sums, scales, j,
+           reader.source.tokens - chunk * kChunkTokens);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) places[i] = places[i + 1];
+    // Where it stands: the compiler would wait for the load where it begins.
+    asm volatile("mov.b32 %0, %1;" : "=r"(places[kAhead]) : "r"(newest));
   }
 };
 
@@ -346,7 +386,7 @@ __device__ __forceinline__ void CutStep(int j, int left, float (&scales)[8]) {
   CutScales(left - j * kStepTokens - row * 2 * kQuarterTokens, scales);
 }
 
-// Masses of the blocks of a CTA's chunks, and the CTA's totals of the heads.
+// Masses of the blocks of a stream's chunks, to shared memory, and the CTA's totals of the heads.
 template <int kDim, int kHeads, int kPlanes, bool kList>
 __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& stream, int group,
                                             const SketchOperand<kDim, kHeads>& operand,
@@ -362,25 +402,32 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
   // The head whose total the lane has: with two heads, each of a pair of lanes takes one of them.
   const int total_head = Columns::Head(0, kEach == 2 && odd ? 1 : 0);
   const int chunk_blocks = kChunkQuarters >> shift;
-  const int step_blocks = 16 >> shift;
-  MassColumn columns[kTiles];
+  MassColumn<kEach> columns[kTiles];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    MassColumn& column = columns[tile];
     const int head = Columns::Head(tile, 0);
     const int at = head * memory.stride + static_cast<int>(threadIdx.x) / 32 * chunk_blocks +
                    ((row * 2) >> shift);
     const bool stores = head < group && (shift < 2 || !odd);
-    column.upper = stores ? memory.upper + at : reinterpret_cast<uint16_t*>(shared.beside);
-    column.lower = stores ? memory.lower + at : reinterpret_cast<uint8_t*>(shared.beside);
-    column.second = stores && kEach == 2 && head + 1 < group ? memory.stride : 0;
-    column.advance = stores ? kSketchWarps * chunk_blocks : 0;
+    columns[tile].blocks = stores ? 16 >> shift : 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int of_head = head + i < group ? at + i * memory.stride : at;
+      const void* const upper = stores ? static_cast<void*>(memory.upper + of_head) : shared.beside;
+      const void* const lower = stores ? static_cast<void*>(memory.lower + of_head) : shared.beside;
+      columns[tile].upper[i] = SharedAddress(upper);
+      columns[tile].lower[i] = SharedAddress(lower);
+    }
   }
   float chunk_sum[kTiles][kEach] = {};
   Total totals[kTiles];
   bool saturated = false;
 
-  const auto add_step = [&](const SketchSums<kHeads>& sums, const float(&scales)[8], int j) {
+  const auto step = [&](auto cut, const SketchSums<kHeads>& sums, const uint4& packed, int j,
+                        int left) {
+    float scales[8];
+    SketchScales(packed, scales);
+    if constexpr (cut) CutStep(j, left, scales);
     float quarter_sum[kTiles][2][kEach] = {};
     sums.ForEstimates(scales, [&](int tile, int t, int half, int i, float estimate) {
       const float mass = SketchMass(estimate, heads.factor[tile][i], heads.offset[tile][i]);
@@ -395,22 +442,17 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
         chunk_sum[tile][i] += pair_sum[i];
       }
       if (shift == 0) {
-        columns[tile].Store(j * step_blocks, quarter_sum[tile][0]);
-        columns[tile].Store(j * step_blocks + 1, quarter_sum[tile][1]);
+        columns[tile].Store(0, quarter_sum[tile][0]);
+        columns[tile].Store(1, quarter_sum[tile][1]);
       } else {
         if (shift == 2) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) pair_sum[i] += __shfl_xor_sync(~0u, pair_sum[i], 4);
         }
-        columns[tile].Store(j * step_blocks, pair_sum);
+        columns[tile].Store(0, pair_sum);
       }
+      columns[tile].Advance(columns[tile].blocks);
     }
-  };
-  const auto step = [&](const SketchSums<kHeads>& sums, const uint4& packed, int j, int left) {
-    float scales[8];
-    SketchScales(packed, scales);
-    if (left < (j + 1) * kStepTokens) CutStep(j, left, scales);
-    add_step(sums, scales, j);
   };
   const auto chunk_end = [&] {
 #pragma unroll
@@ -424,7 +466,7 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
       totals[tile].Add(sum);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) chunk_sum[tile][i] = 0;
-      columns[tile].Advance();
+      columns[tile].Advance((kSketchWarps - 1) * kChunkSteps * columns[tile].blocks);
     }
   };
   stream.Run(operand, step, chunk_end);
@@ -441,7 +483,7 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
       atomicAdd(&shared.totals[tile * 8 + total_head].lower, totals[tile].lower);
     }
   }
-  if (saturated) shared.saturated = 1;
+  if (saturated) atomicOr(&shared.saturated, 1u);
 }
 
 // The largest estimates of a warp's heads, in octaves.

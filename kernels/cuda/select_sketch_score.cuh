@@ -5,13 +5,14 @@
 // estimates (kernels/sketch.h): a warp's arithmetic. What is scored when is in select_sketch.cu.
 //
 // Bits are not unpacked. A product with a sparse matrix, m16n8k64, says for every four columns of a
-// row which two of them are not zero: those two-bit indices are the codes. With -q and q of two
-// components in the four rows of the other operand, the pair of indices (b, 2 + b') picks the
-// signed components of two bits b, b'. The matrix's values are all alike, 1 for the lowest plane
-// and twice that for each plane above it, so the planes of a token add up
+// row which two of them are not zero: those two-bit indices are the codes. With -q, q of one
+// component and -q', q' of another in the four rows of the other operand, the pair of indices (b, 2
+// + b') picks the signed components of two bits b, b'. The matrix's values are all alike, 1 for the
+// lowest plane and twice that for each plane above it, so the planes of a token add up
 //   sum_p 2^(P - 1 - p) sum_j (2 bit_pj - 1) q_j  =  sum_j q_j level_j
-// in the accumulators of the tensor core. Every second bit of a word is in place already, for 16
-// components of a word one instruction makes the indices.
+// in the accumulators of the tensor core. Every second bit of a word is in place already, and so
+// are those between them, for rows in another order (-q, -q', q, q'): one instruction makes the
+// indices of 16 components.
 //
 // A step is 16 quarters of a page, four tokens each. Lane (r, c), r = lane / 4 and c = lane % 4,
 // gives the indices of row r (c even) or r + 8 (c odd) of the sparse matrix, of the first (c < 2)
@@ -162,9 +163,11 @@ struct SketchOperand {
         const int group = i % 4 * 4 + lane % 4;
         const int first = pair * 64 + group / 8 * 32 + group % 8 * 4 + odd;
         const int a = q[first], b = q[first + 2];
-        quads[tile][pair][odd][i % 4] =
-            (static_cast<uint32_t>(-a) & mask) | (static_cast<uint32_t>(a) & mask) << 8 |
-            (static_cast<uint32_t>(-b) & mask) << 16 | (static_cast<uint32_t>(b) & mask) << 24;
+        const int rows[4] = {-a, odd == 0 ? a : -b, odd == 0 ? -b : a, b};
+        uint32_t& quad = quads[tile][pair][odd][i % 4];
+        quad = 0;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) quad |= (static_cast<uint32_t>(rows[r]) & mask) << (r * 8);
       }
     }
   }
@@ -178,20 +181,24 @@ struct PlaneWords {
   uint4 pair[kDim / 64];
 };
 
-// The indices of bits 0 2 4 .. of a word: (b, 2 + b') for each two of them.
+// The indices of every second bit of a word, two of them in each four bits: (b, 2 + b') of bits 0 2
+// 4 .., and (2 b, 1 + 2 b') of bits 1 3 5 ... One instruction: (word & bits) | others.
+template <int kOdd>
 __device__ __forceinline__ uint32_t SparseIndices(uint32_t word) {
-  uint32_t indices;  // (word & 0x55555555) | 0x88888888
+  uint32_t indices;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;"
       : "=r"(indices)
-      : "r"(word), "r"(0x55555555u), "r"(0x88888888u));
+      : "r"(word), "r"(kOdd == 0 ? 0x55555555u : 0xaaaaaaaau),
+        "r"(kOdd == 0 ? 0x88888888u : 0x44444444u));
   return indices;
 }
 
-// sum += weight (the selected rows of b), weight in each byte.
+// sum += weight (the selected rows of b), weight in each byte. The indices of a pair may be in any
+// order, which is what tells this form of the instruction from ::ordered_metadata.
 __device__ __forceinline__ void MmaSparse(int (&sum)[4], uint32_t weight, const uint32_t (&b)[4],
                                           uint32_t indices) {
   asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+      "mma.sp.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
       "{%4, %4, %4, %4}, {%5, %6, %7, %8}, {%0, %1, %2, %3}, %9, 0x0;"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(weight), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices));
@@ -224,7 +231,8 @@ struct SketchSums {
       for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
         for (int t = 0; t < kQuarterTokens; ++t) {
-          const uint32_t indices = SparseIndices(odd == 0 ? of_token[t] : of_token[t] >> 1);
+          const uint32_t indices =
+              odd == 0 ? SparseIndices<0>(of_token[t]) : SparseIndices<1>(of_token[t]);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             MmaSparse(sums[tile][t], 0x01010101u * static_cast<uint32_t>(weight),
@@ -256,18 +264,27 @@ struct SketchSums {
   }
 };
 
-// The scales of the lane's eight tokens as floats, NaN where one does not count.
+// The scales of the lane's eight tokens as floats, NaN or infinite where one does not count: that
+// makes any estimate NaN, since what is multiplied by the scale starts from kSumOriginValue.
 __device__ __forceinline__ void SketchScales(const uint4& packed, float (&scales)[8]) {
-  const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+  uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+  const uint32_t bound_bits = kLargestScaleBits * 0x00010001u;
+  const auto& bound = *reinterpret_cast<const __nv_bfloat162*>(&bound_bits);
+  __nv_bfloat162 magnitudes[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t bound = kLargestScaleBits * 0x00010001u;
-    const uint32_t magnitude = pairs[i] & 0x7fff7fffu;
-    const uint32_t guarded =
-        pairs[i] | ~__hlt2_mask(*reinterpret_cast<const __nv_bfloat162*>(&magnitude),
-                                *reinterpret_cast<const __nv_bfloat162*>(&bound));
-    scales[2 * i] = __uint_as_float(guarded << 16);
-    scales[2 * i + 1] = __uint_as_float(guarded & 0xffff0000u);
+    magnitudes[i] = __habs2(*reinterpret_cast<const __nv_bfloat162*>(&pairs[i]));
+  }
+  const __nv_bfloat162 largest = __hmax2(__hmax2(magnitudes[0], magnitudes[1]),
+                                         __hmax2(magnitudes[2], magnitudes[3]));  // Not NaN.
+  if (!__hblt2(largest, bound)) {                                                 // Hardly ever.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] |= ~__hlt2_mask(magnitudes[i], bound);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    scales[2 * i] = __uint_as_float(pairs[i] << 16);
+    scales[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
   }
 }
 

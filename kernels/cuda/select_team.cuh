@@ -8,49 +8,138 @@
 // REQUIRES that the CTAs of a team stand next to each other in the grid. They are started in that
 // order, so that whoever waits is waited for by nobody who has not started.
 //
-// FindTeamCut counts keys in bins, of which the first pass has 64 per octave around the mean score
-// (scores of a row sum up to a known number); then the few keys of the bin that holds the cut are
-// shown to all, and each CTA finds the cut among them. Two meetings, unless very many keys are
-// within a hundredth of each other. The result does not depend on how the blocks are dealt out.
+// What a few words can say is sent in parcels of 16 bytes, 12 of data and a tag, which are written
+// and read as one: whoever finds the tag has the data. That is one way through the L2 cache each,
+// half of what a counter takes on which all wait before they read (Meet).
+//
+// FindTeamCut: of a short row all CTAs get all keys. Of a long one they count keys in bins, 64 per
+// octave around the mean score (scores of a row sum up to a known number), then show each other the
+// few keys of the bin that holds the cut; two exchanges, unless very many keys are within a
+// hundredth of each other. Then each CTA finds the cut among the keys that it has got. The result
+// does not depend on how the blocks are dealt out.
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/select_topk.cuh"
 
 namespace resa::kernels::cuda {
 
-inline constexpr int kTeamBins = 2048;
-inline constexpr int kTeamBinBits = 11;
 inline constexpr int kFirstBinShift = 23 - 6;  // 64 bins to an octave of floats,
 inline constexpr int kFirstBinOctaves = 26;    // this many of them below the mean.
-inline constexpr int kMaxCandidates = 1024;    // Keys shown to all.
+inline constexpr int kMaxCandidates = 4096;    // Keys shown to all.
+inline constexpr int kMaxTeam = 256;
+inline constexpr int kParcelKeys = 3;
+
+// ---- parcels ------------------------------------------------------------------------------------
+
+// What a CTA sends to its team. Tags rise with every launch, so that nothing need be cleared: what
+// has another tag was sent by an earlier launch, or never.
+struct alignas(16) TeamParcels {
+  uint4 totals[2][kMaxGroup];
+  uint4 counts;
+  uint4 keys[(kMaxCandidates + kParcelKeys - 1) / kParcelKeys];
+};
+
+__device__ __forceinline__ void SendParcel(uint4* to, uint32_t a, uint32_t b, uint32_t c,
+                                           uint32_t tag) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 low, high;\n"
+      ".reg .b128 all;\n"
+      "mov.b64 low, {%1, %2};\n"
+      "mov.b64 high, {%3, %4};\n"
+      "mov.b128 all, {low, high};\n"
+      "st.relaxed.gpu.global.b128 [%0], all;\n"
+      "}" ::"l"(to),
+      "r"(a), "r"(b), "r"(c), "r"(tag)
+      : "memory");
+}
+__device__ __forceinline__ uint4 LookAtParcel(const uint4* from) {
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .b64 low, high;\n"
+      ".reg .b128 all;\n"
+      "ld.relaxed.gpu.global.b128 all, [%4];\n"
+      "mov.b128 {low, high}, all;\n"
+      "mov.b64 {%0, %1}, low;\n"
+      "mov.b64 {%2, %3}, high;\n"
+      "}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from)
+      : "memory");
+  return v;
+}
+// Waits for parcels first, first + step .. below count, a few at a time, and calls use(i, parcel);
+// at(i) is where parcel i is, or null when there is none.
+template <typename At, typename Use>
+__device__ __forceinline__ void ReceiveParcels(int first, int step, int count, uint32_t tag,
+                                               const At& at, const Use& use) {
+  constexpr int kTogether = 4;
+#pragma unroll 1
+  for (; first < count; first += kTogether * step) {
+    const uint4* from[kTogether];
+    uint4 parcels[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int i = first + k * step;
+      from[k] = i < count ? at(i) : nullptr;
+      if (from[k] != nullptr) parcels[k] = LookAtParcel(from[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (from[k] == nullptr) continue;
+      while (parcels[k].w != tag) parcels[k] = LookAtParcel(from[k]);
+      use(first + k * step, parcels[k]);
+    }
+  }
+}
+
+// In global memory, zero at first.
+struct LaunchCount {
+  uint32_t launches;
+  uint32_t counted;  // CTAs of this launch.
+
+  // How many launches there have been.
+  __device__ __forceinline__ uint32_t Before() const {
+    uint32_t before;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(before) : "l"(&launches) : "memory");
+    return before;
+  }
+  // By one thread of each CTA, when its threads have got their answers from Before(): the last one
+  // adds this launch.
+  __device__ __forceinline__ void Count(uint32_t before) {
+    const uint32_t last = gridDim.x - 1;
+    uint32_t order;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(order)
+                 : "l"(&counted), "r"(last)
+                 : "memory");
+    if (order != last) return;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(&launches), "r"(before + 1)
+                 : "memory");
+  }
+};
+
+// ---- teams --------------------------------------------------------------------------------------
 
 // In global memory, zero before and after each launch.
 struct TeamCounters {
   uint32_t arrived;
-  uint32_t saturated;  // The sketch's.
-  unsigned long long upper[kMaxGroup];
-  unsigned long long lower[kMaxGroup];
   uint32_t largest[kMaxGroup];
-  alignas(16) uint32_t histogram[kTeamBins];
+  alignas(16) uint32_t histogram[kTopKWideBins];
 };
 static_assert(sizeof(TeamCounters) % 16 == 0);
-
-// What a CTA shows the others of its team; in global memory.
-struct alignas(16) TeamCandidates {
-  uint32_t above;  // Keys that are kept whatever the candidates are.
-  uint32_t count;
-  uint32_t padding[2];
-  uint32_t keys[kMaxCandidates];
-};
 
 struct Team {
   int rank;
   int size;
-  TeamCounters* counters;      // Of the team. Both null when size is 1.
-  TeamCandidates* candidates;  // [size]
+  TeamCounters* counters;  // Of the team. Null when size is 1, as are the parcels.
+  TeamParcels* parcels;    // [size]
+  uint32_t tag;            // Of this launch and pass.
   uint32_t meetings;
 
   // Everything that the team's threads wrote before can be read afterwards, past the L1 cache.
@@ -59,34 +148,35 @@ struct Team {
     if (size == 1) return;
     ++meetings;
     if (threadIdx.x == 0) {
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters->arrived) : "memory");
-      const uint32_t all = meetings * static_cast<uint32_t>(size);
-      uint32_t arrived;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(arrived)
-                     : "l"(&counters->arrived)
-                     : "memory");
-      } while (arrived < all);
+      CountRelease(&counters->arrived);
+      while (LoadAcquire(&counters->arrived) < meetings * static_cast<uint32_t>(size)) {
+      }
     }
     __syncthreads();
   }
   // Behind the last meeting; the last CTA's leaves the counter at zero.
   __device__ __forceinline__ void Leave() const {
-    if (size == 1 || threadIdx.x != 0) return;
+    if (size == 1 || meetings == 0 || threadIdx.x != 0) return;
     asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(&counters->arrived),
                  "r"((meetings + 1) * static_cast<uint32_t>(size) - 1)
                  : "memory");
   }
 };
 
-struct TeamShared {
-  alignas(16) uint32_t histogram[kTeamBins];
-  alignas(16) uint32_t candidates[kMaxCandidates];
-  uint32_t warp_sum[32];
-  uint32_t bin, above, equal;  // Found by one thread, for all.
+// ---- ranking ------------------------------------------------------------------------------------
+
+struct TeamShared : TopKBins {
   uint32_t own_above, own_count;
-  uint32_t before_above, before_count;
+  uint32_t before_above, before_ties;
+  uint2 counts[kMaxTeam];  // Of each CTA: keys above the interval, and in it.
+};
+
+// The keys that may be at the cut: those in [low, high], of which the `wanted` largest are kept.
+// Keys are the bits of floats that are not negative.
+struct TeamInterval {
+  uint32_t low = 0;
+  uint32_t high = 0x7fffffffu;
+  uint32_t wanted = 0;
 };
 
 // The first pass's bins: 64 per octave around the mean of the keys' scores. Whoever makes the keys
@@ -98,253 +188,289 @@ struct TeamBins {
     const int lowest = __float_as_int(mean_score) - (kFirstBinOctaves << 23);
     origin = static_cast<uint32_t>(max(0, lowest));
   }
-  // Before a barrier that Count comes after.
-  template <int kThreads>
-  __device__ __forceinline__ static void Clear(TeamShared& shared) {
-    static_assert(kThreads * 4 == kTeamBins);
-    reinterpret_cast<uint4*>(shared.histogram)[threadIdx.x] = make_uint4(0, 0, 0, 0);
-  }
-  __device__ __forceinline__ void Count(TeamShared& shared, uint32_t key) const {
+  __device__ __forceinline__ void Count(TopKBins& bins, uint32_t key) const {
     const uint32_t past = key < origin ? 0 : key - origin;
-    atomicAdd(&shared.histogram[min(past >> kFirstBinShift, kTeamBins - 1u)], 1u);
+    atomicAdd(&bins.histogram[min(past >> kFirstBinShift, kTopKWideBins - 1u)], 1u);
+  }
+  // The interval of the bin that was found.
+  __device__ __forceinline__ void Narrow(const TopKBins& found, TeamInterval* interval) const {
+    const uint32_t low = origin + (found.bin << kFirstBinShift);
+    interval->low = found.bin == 0 ? 0 : low;
+    if (found.bin < kTopKWideBins - 1u) interval->high = low + ((1u << kFirstBinShift) - 1);
+    interval->wanted -= found.above;
   }
 };
 
-// The bin of the `wanted`-th largest key, 1 <= wanted <= the sum of all bins, to shared.bin, above
-// and equal. A thread has four adjacent bins, the first thread the highest.
-template <int kThreads>
-__device__ __forceinline__ void ScanTeamBins(TeamShared& shared, uint32_t wanted) {
-  static_assert(kThreads * 4 == kTeamBins);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int low_bin = kTeamBins - 4 * (thread + 1);
-  const uint4 four = *reinterpret_cast<const uint4*>(shared.histogram + low_bin);
-  const uint32_t counts[4] = {four.x, four.y, four.z, four.w};
-  const uint32_t sum = four.x + four.y + four.z + four.w;
-  uint32_t inclusive = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  if (lane == 31) shared.warp_sum[thread / 32] = inclusive;
-  __syncthreads();
-  const uint32_t before = lane < thread / 32 ? shared.warp_sum[lane] : 0;
-  uint32_t above = __reduce_add_sync(kAllLanes, before) + inclusive - sum;
-  if (above < wanted && wanted <= above + sum) {
-    bool searching = true;
-#pragma unroll
-    for (int i = 3; i >= 0; --i) {
-      if (searching && wanted <= above + counts[i]) {
-        shared.bin = static_cast<uint32_t>(low_bin + i);
-        shared.above = above;
-        shared.equal = counts[i];
-        searching = false;
-      }
-      above += counts[i];
-    }
-  }
-  __syncthreads();
-}
+// Bins of equal width over an interval, as many as there are or fewer.
+struct IntervalBins {
+  uint32_t low;
+  uint32_t width;  // Less one.
+  int shift;
 
-// The keys that may be at the cut: those in [low, high], of which the `wanted` largest are kept.
-struct TeamInterval {
-  uint32_t low = 0;
-  uint32_t high = 0x7fffffffu;
-  uint32_t wanted = 0;
+  __device__ __forceinline__ explicit IntervalBins(const TeamInterval& interval) {
+    low = interval.low;
+    width = interval.high - interval.low;
+    shift = max(0, 32 - __clz(static_cast<int>(width)) - kTopKWideBits);
+  }
+  __device__ __forceinline__ void Count(TopKBins& bins, uint32_t key) const {
+    if (key - low <= width) atomicAdd(&bins.histogram[(key - low) >> shift], 1u);
+  }
+  __device__ __forceinline__ void Narrow(const TopKBins& found, TeamInterval* interval) const {
+    interval->low += found.bin << shift;
+    interval->high = min(interval->high, interval->low + ((1u << shift) - 1));
+    interval->wanted -= found.above;
+  }
 };
 
-// Narrows the interval until few enough keys are in it, or keys of one value. Keys are the bits of
-// floats that are not negative.
+// Adds up the bins of the team's CTAs.
 template <int kThreads>
-__device__ __forceinline__ TeamInterval FindTeamInterval(Team& team, TeamShared& shared,
-                                                         const uint32_t* keys,
-                                                         const TopKRange& range,
-                                                         const TopKBudget& budget,
-                                                         const TeamBins& bins) {
+__device__ __forceinline__ void AddTeamBins(Team& team, TopKBins& bins) {
   const int thread = static_cast<int>(threadIdx.x);
-  const uint32_t origin = bins.origin;
-  TeamInterval interval;
-  interval.wanted = static_cast<uint32_t>(budget.keep - budget.sink - budget.local);
-  for (bool first = true;; first = false) {
-    const uint32_t width = interval.high - interval.low;
-    const int shift = max(0, 32 - __clz(static_cast<int>(width)) - kTeamBinBits);
-    if (!first) {
-      TeamBins::Clear<kThreads>(shared);
-      __syncthreads();
-#pragma unroll 4
-      for (int i = thread; i < range.count; i += kThreads) {
-        const uint32_t past = keys[i] - interval.low;
-        if (!budget.Forces(range.first + i) && past <= width) {
-          atomicAdd(&shared.histogram[past >> shift], 1u);
-        }
-      }
-    }
-    if (team.size > 1) {
-      __syncthreads();
+  __syncthreads();
+  if (team.size == 1) return;
 #pragma unroll
-      for (int i = 0; i < kTeamBins / kThreads; ++i) {
-        const int bin = i * kThreads + thread;
-        const uint32_t count = shared.histogram[bin];
-        if (count != 0) atomicAdd(&team.counters->histogram[bin], count);
-      }
-      team.Meet();
-      reinterpret_cast<uint4*>(shared.histogram)[thread] =
-          __ldcg(reinterpret_cast<const uint4*>(team.counters->histogram) + thread);
-    }
-    __syncthreads();
-    ScanTeamBins<kThreads>(shared, interval.wanted);
-    const uint32_t bin = shared.bin;
-    if (first) {
-      interval.low = bin == 0 ? 0 : origin + (bin << kFirstBinShift);
-      if (bin < kTeamBins - 1u) interval.high = origin + ((bin + 1) << kFirstBinShift) - 1;
-    } else {
-      const uint32_t low = interval.low + (bin << shift);
-      interval.high = low + min(interval.high - low, (1u << shift) - 1);
-      interval.low = low;
-    }
-    interval.wanted -= shared.above;
-    if (shared.equal <= kMaxCandidates || interval.low == interval.high) return interval;
-    if (team.size > 1) {  // All have read the bins; the first CTA clears them.
-      team.Meet();
-      if (team.rank == 0) {
-        reinterpret_cast<uint4*>(team.counters->histogram)[thread] = make_uint4(0, 0, 0, 0);
-      }
-      team.Meet();
-    }
-    __syncthreads();
-  }
-}
-
-// The candidates of all CTAs to shared.candidates, in the order of ranks, and what those of lower
-// rank have: shared.before_above and before_count. Returns how many candidates there are.
-template <int kThreads>
-__device__ __forceinline__ uint32_t ShowCandidates(Team& team, TeamShared& shared, bool with_keys) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  if (team.size == 1) {
-    if (thread == 0) shared.before_above = shared.before_count = 0;
-    __syncthreads();
-    return shared.own_count;
-  }
-  TeamCandidates* const own = team.candidates + team.rank;
-  if (thread == 0) {
-    own->above = shared.own_above;
-    own->count = shared.own_count;
-  }
-  if (with_keys) {
-    for (int i = thread; i < static_cast<int>(shared.own_count); i += kThreads) {
-      own->keys[i] = shared.candidates[i];
-    }
+  for (int i = 0; i < kTopKWideBins / kThreads; ++i) {
+    const int bin = i * kThreads + thread;
+    const uint32_t count = bins.histogram[bin];
+    if (count != 0) atomicAdd(&team.counters->histogram[bin], count);
   }
   team.Meet();
-  // Each warp works out where the candidates of its CTAs belong.
-  uint32_t total = 0;
+  static_assert(kThreads * 4 == kTopKWideBins);
+  reinterpret_cast<uint4*>(bins.histogram)[thread] =
+      __ldcg(reinterpret_cast<const uint4*>(team.counters->histogram) + thread);
+  __syncthreads();
+}
+// By the first CTA, when all have read them.
+__device__ __forceinline__ void ClearTeamBins(const Team& team) {
+  if (team.size == 1 || team.rank != 0) return;
+  reinterpret_cast<uint4*>(team.counters->histogram)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+}
+
+// Narrows the interval until few enough keys are in it, or keys of one value; the keys have been
+// counted in `first_bins`.
+template <int kThreads>
+__device__ __forceinline__ void NarrowTogether(Team& team, TeamShared& shared, const uint32_t* keys,
+                                               const TopKRange& range, const TopKBudget& budget,
+                                               const TeamBins& first_bins, TeamInterval* interval) {
+  AddTeamBins<kThreads>(team, shared);
+  ScanTopKBins<kThreads>(shared, interval->wanted);
+  first_bins.Narrow(shared, interval);
+  while (shared.equal > kMaxCandidates && interval->low != interval->high) {
+    team.Meet();
+    ClearTeamBins(team);
+    team.Meet();
+    const IntervalBins bins(*interval);
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < range.count; i += kThreads) {
+      if (!budget.Forces(range.first + i)) bins.Count(shared, keys[i]);
+    }
+    AddTeamBins<kThreads>(team, shared);
+    ScanTopKBins<kThreads>(shared, interval->wanted);
+    bins.Narrow(shared, interval);
+  }
+}
+
+// Keys that compete for the last places: those of all CTAs, in the order of blocks.
+struct TeamCandidates {
+  uint32_t* keys;  // [kMaxCandidates], in shared memory.
+  int count;
+  int before;        // How many of them CTAs of lower rank have,
+  int above_before;  // and how many keys above the interval, where those are no candidates.
+};
+
+// Every key of the row is one, a forced block's as kTopKForcedKey; the others are counted in bins.
+// per_cta: the keys of each CTA but the last ones. REQUIRES that no bin has any.
+template <int kThreads>
+__device__ __forceinline__ TeamCandidates ExchangeAll(const Team& team, TeamShared& shared,
+                                                      const TeamBins& bins, const uint32_t* own,
+                                                      const TopKRange& range,
+                                                      const TopKBudget& budget, int per_cta,
+                                                      uint32_t* to) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto take = [&](int id, uint32_t key) {
+    to[id] = budget.Forces(id) ? kTopKForcedKey : key;
+    if (!budget.Forces(id)) bins.Count(shared, key);
+  };
+  for (int i = thread; i * kParcelKeys < range.count; i += kThreads) {
+    uint32_t keys[kParcelKeys];
+#pragma unroll
+    for (int j = 0; j < kParcelKeys; ++j) {
+      const int at = i * kParcelKeys + j;
+      keys[j] = at < range.count ? own[at] : 0;
+      if (at < range.count) take(range.first + at, keys[j]);
+    }
+    if (team.size > 1) {
+      SendParcel(team.parcels[team.rank].keys + i, keys[0], keys[1], keys[2], team.tag);
+    }
+  }
+  // Parcel i of the others: a part of a rank's, as many for each.
+  const int parcels = (per_cta + kParcelKeys - 1) / kParcelKeys;
+  const auto rank_of = [&](int i) { return i / parcels + (i / parcels >= team.rank ? 1 : 0); };
+  const auto first_of = [&](int i) { return rank_of(i) * per_cta + i % parcels * kParcelKeys; };
+  const auto left_of = [&](int i) {
+    return min(per_cta - i % parcels * kParcelKeys, budget.blocks - first_of(i));
+  };
+  ReceiveParcels(
+      thread, kThreads, (team.size - 1) * parcels, team.tag,
+      [&](int i) { return left_of(i) > 0 ? team.parcels[rank_of(i)].keys + i % parcels : nullptr; },
+      [&](int i, const uint4& parcel) {
+        const int first = first_of(i), left = left_of(i);
+        take(first, parcel.x);
+        if (left > 1) take(first + 1, parcel.y);
+        if (left > 2) take(first + 2, parcel.z);
+      });
+  __syncthreads();
+  return {to, budget.blocks, range.first, 0};
+}
+
+// Those in the interval, which are few enough; with_keys false: they are alike, and only their
+// numbers are exchanged.
+template <int kThreads>
+__device__ __forceinline__ TeamCandidates ExchangeSome(const Team& team, TeamShared& shared,
+                                                       const TeamInterval& interval,
+                                                       const uint32_t* own, const TopKRange& range,
+                                                       const TopKBudget& budget, bool with_keys,
+                                                       uint32_t* to) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  if (thread == 0) shared.own_above = shared.own_count = 0;
+  __syncthreads();
+  uint32_t above = 0;
+  for (int begin = 0; begin < range.count; begin += kThreads) {
+    const int i = begin + thread;
+    const bool exists = i < range.count;
+    const uint32_t key = !exists ? 0 : budget.Forces(range.first + i) ? kTopKForcedKey : own[i];
+    above += exists && key > interval.high;
+    const bool in = exists && key >= interval.low && key <= interval.high;
+    const uint32_t votes = __ballot_sync(kAllLanes, in);
+    if (votes == 0) continue;
+    uint32_t at = 0;
+    if (lane == 0) at = atomicAdd(&shared.own_count, static_cast<uint32_t>(__popc(votes)));
+    at = __shfl_sync(kAllLanes, at, 0) + __popc(votes & ((1u << lane) - 1));
+    if (in && with_keys) to[at] = key;
+  }
+  above = __reduce_add_sync(kAllLanes, above);
+  if (lane == 0) atomicAdd(&shared.own_above, above);
+  __syncthreads();
+  const auto own_count = static_cast<int>(shared.own_count);
+  if (team.size == 1) return {to, own_count, 0, 0};
+
+  TeamParcels& sent = team.parcels[team.rank];
+  if (thread == 0) SendParcel(&sent.counts, shared.own_above, shared.own_count, 0, team.tag);
+  if (with_keys) {
+    for (int i = thread; i * kParcelKeys < own_count; i += kThreads) {
+      const uint32_t* const three =
+          to + i * kParcelKeys;  // What is past the last is not looked at.
+      SendParcel(sent.keys + i, three[0], three[1], three[2], team.tag);
+    }
+  }
+  ReceiveParcels(
+      thread, kThreads, team.size, team.tag, [&](int r) { return &team.parcels[r].counts; },
+      [&](int r, const uint4& parcel) { shared.counts[r] = make_uint2(parcel.x, parcel.y); });
+  __syncthreads();
+  // Each warp works out where the keys of its CTAs belong.
+  TeamCandidates all = {to, 0, 0, 0};
   for (int begin = 0; begin < team.size; begin += 32) {
     const int r = begin + lane;
-    uint2 counts = make_uint2(0, 0);
-    if (r < team.size) counts = __ldcg(reinterpret_cast<const uint2*>(team.candidates + r));
+    const uint2 counts = r < team.size ? shared.counts[r] : make_uint2(0, 0);
     uint32_t inclusive = counts.y;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
       if (lane >= step) inclusive += other;
     }
-    const uint32_t above = __reduce_add_sync(kAllLanes, r < team.rank ? counts.x : 0);
-    const uint32_t before = __reduce_add_sync(kAllLanes, r < team.rank ? counts.y : 0);
-    if (thread == 0) {
-      shared.before_above = (begin == 0 ? 0 : shared.before_above) + above;
-      shared.before_count = (begin == 0 ? 0 : shared.before_count) + before;
-    }
+    all.before += static_cast<int>(__reduce_add_sync(kAllLanes, r < team.rank ? counts.y : 0));
+    all.above_before +=
+        static_cast<int>(__reduce_add_sync(kAllLanes, r < team.rank ? counts.x : 0));
     if (with_keys) {
-      for (int i = thread / 32; i < min(32, team.size - begin); i += kThreads / 32) {
-        const uint32_t count = __shfl_sync(kAllLanes, counts.y, i);
-        const uint32_t to = total + __shfl_sync(kAllLanes, inclusive, i) - count;
-        for (uint32_t j = lane; j < count; j += 32) {
-          shared.candidates[to + j] = __ldcg(team.candidates[begin + i].keys + j);
-        }
+      const int ranks = min(32, team.size - begin);
+      const int parts = max(1, kThreads / 32 / ranks);  // Warps to a rank.
+      for (int item = thread / 32; item < ranks * parts; item += kThreads / 32) {
+        const int i = item / parts;
+        const auto count = static_cast<int>(__shfl_sync(kAllLanes, counts.y, i));
+        uint32_t* const place =
+            to + all.count + static_cast<int>(__shfl_sync(kAllLanes, inclusive, i)) - count;
+        ReceiveParcels(
+            item % parts * 32 + lane, parts * 32, (count + kParcelKeys - 1) / kParcelKeys, team.tag,
+            [&](int j) { return team.parcels[begin + i].keys + j; },
+            [&](int j, const uint4& parcel) {
+              const int left = count - j * kParcelKeys;
+              place[j * kParcelKeys] = parcel.x;
+              if (left > 1) place[j * kParcelKeys + 1] = parcel.y;
+              if (left > 2) place[j * kParcelKeys + 2] = parcel.z;
+            });
       }
     }
-    total += __shfl_sync(kAllLanes, inclusive, 31);
+    all.count += static_cast<int>(__shfl_sync(kAllLanes, inclusive, 31));
   }
   __syncthreads();
-  return total;
+  return all;
 }
 
 // Narrows the interval further, by the candidates alone: until all in it are kept, or to one value.
 template <int kThreads>
-__device__ __forceinline__ TeamInterval NarrowToCut(TeamShared& shared, uint32_t total,
-                                                    TeamInterval interval) {
+__device__ __forceinline__ void NarrowAlone(TopKBins& shared, const TeamCandidates& candidates,
+                                            TeamInterval* interval) {
   do {
-    TeamBins::Clear<kThreads>(shared);
-    __syncthreads();
-    const uint32_t width = interval.high - interval.low;
-    const int shift = max(0, 32 - __clz(static_cast<int>(width)) - kTeamBinBits);
-    for (uint32_t i = threadIdx.x; i < total; i += kThreads) {
-      const uint32_t past = shared.candidates[i] - interval.low;
-      if (past <= width) atomicAdd(&shared.histogram[past >> shift], 1u);
+    const IntervalBins bins(*interval);
+    for (int i = static_cast<int>(threadIdx.x); i < candidates.count; i += kThreads) {
+      bins.Count(shared, candidates.keys[i]);
     }
     __syncthreads();
-    ScanTeamBins<kThreads>(shared, interval.wanted);
-    interval.low += shared.bin << shift;
-    interval.high = min(interval.high, interval.low + ((1u << shift) - 1));
-    interval.wanted -= shared.above;
-  } while (interval.wanted != shared.equal && interval.low != interval.high);
-  return interval;
+    ScanTopKBins<kThreads>(shared, interval->wanted);
+    bins.Narrow(shared, interval);
+  } while (interval->wanted != shared.equal && interval->low != interval->high);
 }
 
 // Finds where the budget's kept keys end; for WriteTopKIds. keys[0 .. range.count) are the CTA's,
-// the bits of scores that are not negative, with any value at forced blocks; those of other blocks
-// have been counted in `bins`. They may have just been written. REQUIRES budget.keep > sink +
-// local. Called by all threads of all CTAs of the team, who then all have passed the last meeting.
+// the bits of scores that are not negative, with any value at forced blocks; of a row of more than
+// kMaxCandidates blocks those of other blocks have been counted in `bins`, of a shorter one none
+// has, and the histogram is clear. A CTA has per_cta keys, those of the last ones excepted.
+// `candidates`: shared memory for kMaxCandidates keys and two. REQUIRES budget.keep > sink + local.
+// Called by all threads of all CTAs of the team.
 template <int kThreads>
 __device__ __forceinline__ TopKCut FindTeamCut(Team& team, TeamShared& shared, const uint32_t* keys,
                                                const TopKRange& range, const TopKBudget& budget,
-                                               const TeamBins& bins) {
+                                               int per_cta, const TeamBins& bins,
+                                               uint32_t* candidates) {
   const int thread = static_cast<int>(threadIdx.x);
-  TeamInterval interval = FindTeamInterval<kThreads>(team, shared, keys, range, budget, bins);
-  const bool with_keys = interval.low != interval.high;
-  if (thread == 0) shared.own_above = shared.own_count = 0;
-  __syncthreads();
-  uint32_t above = 0, equal = 0;
-  for (int i = thread; i < range.count; i += kThreads) {
-    const uint32_t key = budget.Forces(range.first + i) ? kTopKForcedKey : keys[i];
-    above += key > interval.high;
-    if (key >= interval.low && key <= interval.high) {
-      if (with_keys) {
-        shared.candidates[atomicAdd(&shared.own_count, 1u)] = key;
-      } else {
-        ++equal;
-      }
+  TeamInterval interval;
+  interval.wanted = static_cast<uint32_t>(budget.keep - budget.sink - budget.local);
+  TeamCandidates all;
+  if (budget.blocks <= kMaxCandidates) {
+    all = ExchangeAll<kThreads>(team, shared, bins, keys, range, budget, per_cta, candidates);
+    ScanTopKBins<kThreads>(shared, interval.wanted);
+    bins.Narrow(shared, &interval);
+  } else {
+    NarrowTogether<kThreads>(team, shared, keys, range, budget, bins, &interval);
+    const bool with_keys = interval.low != interval.high;
+    all =
+        ExchangeSome<kThreads>(team, shared, interval, keys, range, budget, with_keys, candidates);
+    ClearTeamBins(team);
+    if (!with_keys) {
+      return {interval.low, ~0u, static_cast<int>(interval.wanted), all.above_before, all.before};
     }
   }
-  above = __reduce_add_sync(kAllLanes, above);
-  equal = __reduce_add_sync(kAllLanes, equal);
-  if (thread % 32 == 0) {
-    atomicAdd(&shared.own_above, above);
-    if (!with_keys) atomicAdd(&shared.own_count, equal);
-  }
-  __syncthreads();
-  const uint32_t total = ShowCandidates<kThreads>(team, shared, with_keys);
-  if (team.size > 1 && team.rank == 0) {  // All have read the bins.
-    reinterpret_cast<uint4*>(team.counters->histogram)[thread] = make_uint4(0, 0, 0, 0);
-  }
-  TopKCut cut = {interval.low, ~0u, static_cast<int>(interval.wanted),
-                 static_cast<int>(shared.before_above), static_cast<int>(shared.before_count)};
-  if (!with_keys) return cut;
-
-  interval = NarrowToCut<kThreads>(shared, total, interval);
+  if (thread == 0) shared.before_above = shared.before_ties = 0;
+  NarrowAlone<kThreads>(shared, all, &interval);
   // All in the interval are kept, or some of those of its one value.
-  const bool all = interval.low != interval.high || interval.wanted == shared.equal;
-  cut.bound = all && interval.low > 0 ? interval.low - 1 : interval.low;
-  cut.ties = !all ? static_cast<int>(interval.wanted) : interval.low > 0 ? 0 : INT32_MAX;
-  cut.ties_before = 0;
-  for (uint32_t begin = 0; begin < shared.before_count; begin += kThreads) {
-    const uint32_t i = begin + thread;
-    const bool counts = i < shared.before_count;
-    cut.above_before += __syncthreads_count(counts && shared.candidates[i] > cut.bound);
-    cut.ties_before += __syncthreads_count(counts && shared.candidates[i] == cut.bound);
+  const bool whole = interval.low != interval.high || interval.wanted == shared.equal;
+  TopKCut cut;
+  cut.bound = whole && interval.low > 0 ? interval.low - 1 : interval.low;
+  cut.mask = ~0u;
+  cut.ties = !whole ? static_cast<int>(interval.wanted) : interval.low > 0 ? 0 : INT32_MAX;
+  uint32_t above = 0, ties = 0;
+  for (int i = thread; i < all.before; i += kThreads) {
+    above += all.keys[i] > cut.bound;
+    ties += all.keys[i] == cut.bound;
   }
+  above = __reduce_add_sync(kAllLanes, above);
+  ties = __reduce_add_sync(kAllLanes, ties);
+  if (thread % 32 == 0 && above != 0) atomicAdd(&shared.before_above, above);
+  if (thread % 32 == 0 && ties != 0) atomicAdd(&shared.before_ties, ties);
+  __syncthreads();
+  cut.above_before = all.above_before + static_cast<int>(shared.before_above);
+  cut.ties_before = static_cast<int>(shared.before_ties);
   return cut;
 }
 

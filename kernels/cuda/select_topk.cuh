@@ -88,6 +88,75 @@ struct TopKCut {
 // enough.
 using TopKWarpCounts = uint32_t[2][32];
 
+// ---- bins ---------------------------------------------------------------------------------------
+
+inline constexpr int kTopKWideBins = 2048;
+inline constexpr int kTopKWideBits = 11;
+
+struct TopKBins {
+  alignas(16) uint32_t histogram[kTopKWideBins];  // Zero between passes.
+  uint32_t warp_sum[32];
+  uint32_t bin;  // Found by one thread, for all.
+  uint32_t above;
+  uint32_t equal;
+};
+
+// Before a barrier that counting comes after.
+template <int kThreads>
+__device__ __forceinline__ void ClearTopK(TopKBins& shared) {
+  for (auto i = threadIdx.x; i < kTopKWideBins; i += kThreads) shared.histogram[i] = 0;
+}
+
+// Finds the bin of the `wanted`-th largest key, 1 <= wanted <= the sum of all bins, and how many
+// keys are in higher bins and in it; clears the histogram. A thread has a few adjacent bins, the
+// first thread the highest.
+template <int kThreads>
+__device__ __forceinline__ void ScanTopKBins(TopKBins& shared, uint32_t wanted) {
+  constexpr int kPerThread = kTopKWideBins / kThreads;
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kPerThread >= 2 && kPerThread * kThreads == kTopKWideBins);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int low_bin = kTopKWideBins - kPerThread * (thread + 1);
+  uint32_t counts[kPerThread];
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) counts[i] = shared.histogram[low_bin + i];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    shared.histogram[low_bin + i] = 0;
+    sum += counts[i];
+  }
+  uint32_t inclusive = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += other;
+  }
+  if (lane == 31) shared.warp_sum[warp] = inclusive;
+  __syncthreads();
+  const uint32_t of_warp = lane < warp && lane < kWarps ? shared.warp_sum[lane] : 0;
+  uint32_t above = __reduce_add_sync(kAllLanes, of_warp) + inclusive - sum;
+  if (above < wanted && wanted <= above + sum) {
+    bool searching = true;
+#pragma unroll
+    for (int i = kPerThread - 1; i >= 0; --i) {
+      if (searching && wanted <= above + counts[i]) {
+        shared.bin = static_cast<uint32_t>(low_bin + i);
+        shared.above = above;
+        shared.equal = counts[i];
+        searching = false;
+      }
+      above += counts[i];
+    }
+  }
+  __syncthreads();
+}
+
+// ---- spread over CTAs
+// ----------------------------------------------------------------------------
+
 // The key by which a block competes.
 template <typename KeyAt>
 __device__ __forceinline__ uint32_t TopKKeyOf(const KeyAt& key_at, const TopKRange& range,
@@ -169,70 +238,9 @@ __device__ int WriteTopKIds(TopKWarpCounts& warp_counts, const KeyAt& key_at,
 
 // ---- in one CTA ---------------------------------------------------------------------------------
 
-inline constexpr int kTopKWideBins = 2048;
-inline constexpr int kTopKWideBits = 11;
-
-struct TopKCtaShared {
-  alignas(16) uint32_t histogram[kTopKWideBins];  // Zero between passes.
+struct TopKCtaShared : TopKBins {
   TopKWarpCounts warp_counts;
-  uint32_t warp_sum[32];
-  uint32_t bin;  // Found by one thread, for all.
-  uint32_t above;
-  uint32_t equal;
 };
-
-// Before a barrier that SelectTopKInCta comes after.
-template <int kThreads>
-__device__ __forceinline__ void ClearTopK(TopKCtaShared& shared) {
-  for (auto i = threadIdx.x; i < kTopKWideBins; i += kThreads) shared.histogram[i] = 0;
-}
-
-// Finds the bin of the `wanted`-th largest key, 1 <= wanted <= the sum of all bins, and how many
-// keys are in higher bins and in it; clears the histogram. A thread has a few adjacent bins, the
-// first thread the highest.
-template <int kThreads>
-__device__ __forceinline__ void ScanTopKBins(TopKCtaShared& shared, uint32_t wanted) {
-  constexpr int kPerThread = kTopKWideBins / kThreads;
-  constexpr int kWarps = kThreads / 32;
-  static_assert(kPerThread >= 2 && kPerThread * kThreads == kTopKWideBins);
-  const auto thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int warp = thread / 32;
-  const int low_bin = kTopKWideBins - kPerThread * (thread + 1);
-  uint32_t counts[kPerThread];
-  uint32_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) counts[i] = shared.histogram[low_bin + i];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    shared.histogram[low_bin + i] = 0;
-    sum += counts[i];
-  }
-  uint32_t inclusive = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  if (lane == 31) shared.warp_sum[warp] = inclusive;
-  __syncthreads();
-  const uint32_t of_warp = lane < warp && lane < kWarps ? shared.warp_sum[lane] : 0;
-  uint32_t above = __reduce_add_sync(kAllLanes, of_warp) + inclusive - sum;
-  if (above < wanted && wanted <= above + sum) {
-    bool searching = true;
-#pragma unroll
-    for (int i = kPerThread - 1; i >= 0; --i) {
-      if (searching && wanted <= above + counts[i]) {
-        shared.bin = static_cast<uint32_t>(low_bin + i);
-        shared.above = above;
-        shared.equal = counts[i];
-        searching = false;
-      }
-      above += counts[i];
-    }
-  }
-  __syncthreads();
-}
 
 // Where the kept keys end: those above `high` are kept, and of those in [low, high] the `ties` of
 // the lowest ids.

@@ -31,7 +31,7 @@ for target in gpu/gpu_suite bench/resa_bench bench/kernel_bench; do
     is_everywhere "$name" || strip -o "$out/lib/$name" "$path"
   done < <(ldd "$binary" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }')
 done
-cp tests/gpu/run_suite.sh "$out/"
+cp tests/gpu/run_suite.sh tests/gpu/compare_flash_attention.py "$out/"
 size=$(du -sm "$out" | cut -f1)
 cp -r deploy/models/demo/*.json deploy/models/demo/model.safetensors deploy/models/demo/examples \
   "$out/deploy/models/demo/"

@@ -1,25 +1,28 @@
 // The paper's selector (arXiv 2506.04108): q = mean over the group's heads, f32, and
 //   s_i = sum_j max(q_j kmin_ij, q_j kmax_ij) = q+ . kmax_i + q- . kmin_i      since kmin <= kmax,
-// then the exact top-k of select_topk.cuh; scoring and ranking are one launch.
+// then the exact top-k; scoring and ranking are one launch.
 //
 //   q [T, Hq * d] bf16; descriptors [page][Hk][2][d] bf16, pages through the page table;
 //   ids [row][KV head][keep] out.
 //
-// Every unit, a (row, KV head), gets a share of the device's warps by its number of blocks, and
-// each warp scores adjacent blocks of one unit without any other warp: rows of any lengths keep all
-// multiprocessors busy to the end. A warp reads 8 descriptors at a time, each of them one
-// contiguous run of 512 bytes (d = 128) that lies anywhere: 16 bytes per lane, the lower bounds in
-// the first half of the lanes. The keys of the scores go to global scratch, 32 at a time, and stay
-// in the L2; the CTA whose warp completes a unit takes them into its shared memory and ranks them.
-// (With a cluster per unit the keys would not have to leave the shared memories, but clusters of 4
-// and more leave some multiprocessors of each GPC empty.)
+// Two CTAs run on a multiprocessor. A unit is a (row, KV head); each unit has a CTA that ranks it
+// (or shares one, when there are more units than multiprocessors), and all other CTAs score. Every
+// unit gets a share of the scoring warps by its number of blocks, and each warp scores adjacent
+// blocks of one unit without any other warp: rows of any lengths keep all multiprocessors busy to
+// the end. A warp reads 8 descriptors at a time, each of them one contiguous run of 512 bytes
+// (d = 128) that lies anywhere: 16 bytes per lane, the lower bounds in the first half of the lanes.
 //
-// A score depends on the block alone and ranking on the scores, so where the cuts are and who ranks
-// changes no result.
+// Keys of scores go, 32 at a time, through the L2 to the CTA that ranks the unit, which counts them
+// as they come (select_rank.cuh). Scoring waits for nothing, and scoring CTAs come first in the
+// grid, so those that rank may wait for them.
+//
+// A score depends on the block alone and ranking on the scores, so who scores what changes no
+// result.
 //
 // Bound: the bytes of the descriptors at the device's read bandwidth, plus 4 us. On an H200 a layer
-// of 8 x 256K tokens, 28 / 4 heads, takes 84 us, 69 % of the bytes alone (scoring 64 us, waiting
-// for the last warp 6, ranking 7, starting 7); 4 x 128K takes 28 us, 52 %, and 1 x 32K 8.8 us.
+// of 8 x 256K tokens, 28 / 4 heads, takes 81 us, 73 % of the bytes alone (scoring 64 us, waiting
+// for the last warp 4, ranking 5, starting 7); 4 x 128K takes 27 us, 54 %; 1 x 32K 6.9 us and
+// 1 x 8K 5.5 us.
 
 #include <algorithm>
 
@@ -27,18 +30,19 @@
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/select_rank.cuh"
 #include "kernels/cuda/select_topk.cuh"
 
 namespace resa::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLoads = 8;            // Of 16 bytes that a lane has in flight.
 constexpr int kElementsPerLane = 8;  // 16 bytes.
-// For keys and the work list. The rest of the multiprocessor's 256 KB is the L1 that loads in
-// flight need: 200 KB here cost 5 % of the bandwidth.
-constexpr int64_t kSharedBytes = 136 << 10;
+// In a CTA's shared memory. The rest of the multiprocessor's 256 KB is the L1 that loads in flight
+// need: with 200 KB of keys they are 5 % slower.
+constexpr int64_t kMaxSharedKeys = 18 << 10;
 
 struct MinMaxArgs {
   const uint16_t* q;
@@ -46,12 +50,12 @@ struct MinMaxArgs {
   PageTables tables;
   const std::byte* descriptors;
   int32_t* ids;
-  uint32_t* keys;      // [unit][key_stride]
-  uint32_t* counters;  // [unit] parts scored; zero between launches.
+  uint32_t* keys;  // [unit][key_stride], as select_rank.cuh has them; zero between launches.
   int64_t key_stride;
   int num_rows;
   int num_kv_heads;
   int group;
+  int scorers;      // CTAs. The others rank.
   int shared_keys;  // Capacity.
 };
 
@@ -64,33 +68,6 @@ struct Step {
   static constexpr int kPerLoad = 32 / kLanes;
   static constexpr int kBlocks = kLoads * kPerLoad;
   static constexpr int kPerRound = 32 / kBlocks;
-};
-
-// The least and the greatest of some keys.
-struct KeySpan {
-  uint32_t least;
-  uint32_t greatest;
-
-  __device__ __forceinline__ void Add(uint32_t key) {
-    least = min(least, key);
-    greatest = max(greatest, key);
-  }
-};
-
-__device__ __forceinline__ KeySpan NoKeys() { return {UINT32_MAX, 0}; }
-
-// Over the warp.
-__device__ __forceinline__ KeySpan SpanOfWarp(const KeySpan& of_lane) {
-  return {__reduce_min_sync(kAllLanes, of_lane.least),
-          __reduce_max_sync(kAllLanes, of_lane.greatest)};
-}
-
-struct MinMaxShared {
-  TopKCtaShared topk;
-  KeySpan span_of_warp[kWarps];
-  int32_t sum_of_warp[kWarps];
-  int32_t completed[kWarps];  // Units to rank.
-  int32_t num_completed;
 };
 
 __device__ __forceinline__ float Dot(const float (&q)[kElementsPerLane], const uint4& words) {
@@ -166,6 +143,63 @@ __device__ __forceinline__ void LoadSignedMean(const uint16_t* q, int group,
   }
 }
 
+// ---- who scores what ---------------------------------------------------------------------------
+
+// How many warps score each unit; they stand in the order (row, KV head).
+struct WorkList {
+  const int32_t* row_begin;  // [num_rows + 1] Warps of the rows before; in shared memory.
+  int num_rows;
+  int num_kv_heads;
+
+  __device__ __forceinline__ int total() const { return row_begin[num_rows]; }
+  // Of each of the row's units; 0 when scores decide nothing.
+  __device__ __forceinline__ int UnitWarps(int row) const {
+    return (row_begin[row + 1] - row_begin[row]) / num_kv_heads;
+  }
+  __device__ __forceinline__ int RowOf(int warp) const {
+    int low = 0, high = num_rows;  // row_begin[low] <= warp < row_begin[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (row_begin[middle] <= warp ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+// Fills row_begin. A unit gets its share of all warps, but at least one, and at most one per step.
+// A warp's work; a barrier must follow.
+template <int kStepBlocks>
+__device__ __forceinline__ void MakeWorkList(const MinMaxArgs& args, int32_t* row_begin) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto unit_steps = [&](int row) {
+    if (row >= args.num_rows) return 0;
+    const TopKBudget budget = TopKBudgetOf(args.rows[row], kPageTokens);
+    return budget.ScoresDecide() ? (budget.blocks + kStepBlocks - 1) / kStepBlocks : 0;
+  };
+  int steps = 0;
+#pragma unroll 1
+  for (int base = 0; base < args.num_rows; base += 32) steps += unit_steps(base + lane);
+  const int total = __reduce_add_sync(kAllLanes, steps) * args.num_kv_heads;
+  const float share = static_cast<float>(args.scorers * kWarps) / static_cast<float>(max(total, 1));
+  int before = 0;
+  if (lane == 0) row_begin[0] = 0;
+#pragma unroll 1
+  for (int base = 0; base < args.num_rows; base += 32) {
+    steps = unit_steps(base + lane);
+    const int warps = min(steps, max(1, static_cast<int>(static_cast<float>(steps) * share)));
+    int inclusive = warps * args.num_kv_heads;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, inclusive, step);
+      if (lane >= step) inclusive += other;
+    }
+    if (base + lane < args.num_rows) row_begin[base + lane + 1] = before + inclusive;
+    before += __shfl_sync(kAllLanes, inclusive, 31);
+  }
+}
+
+// ---- scoring ------------------------------------------------------------------------------------
+
 // Where a warp's descriptors are.
 template <int kHeadDim>
 struct Source {
@@ -192,7 +226,7 @@ struct Source {
   }
 };
 
-// Scores the blocks from `begin` to the source's last one, forced ones like any other, and stores
+// Scores the blocks from `begin` to the source's last one, forced ones like any other, and puts
 // their keys to keys[block]. A warp's work; `of_round` are the pages of the first round.
 template <int kHeadDim>
 __device__ __forceinline__ void ScoreBlocks(const Source<kHeadDim>& source, int begin,
@@ -229,116 +263,27 @@ __device__ __forceinline__ void ScoreBlocks(const Source<kHeadDim>& source, int 
     const bool more = block <= source.last_block;
     if (more) source.Load(of_round, at, words);
     if ((at == 0 || !more) && round + lane < block && round + lane <= source.last_block) {
-      keys[round + lane] = key;
+      PutKey(keys + round + lane, key);
     }
   }
 }
 
-// The work of the launch: every unit is cut into parts, one for a warp each, in the order (row, KV
-// head, part).
-struct WorkList {
-  const int32_t* row_begin;  // [num_rows + 1] Parts of the rows before; in shared memory.
-  int num_rows;
-  int num_kv_heads;
-
-  __device__ __forceinline__ int total() const { return row_begin[num_rows]; }
-  // Of each of the row's units; 0 when scores decide nothing.
-  __device__ __forceinline__ int UnitParts(int row) const {
-    return (row_begin[row + 1] - row_begin[row]) / num_kv_heads;
-  }
-  __device__ __forceinline__ int RowOf(int part) const {
-    int low = 0, high = num_rows;  // row_begin[low] <= part < row_begin[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (row_begin[middle] <= part ? low : high) = middle;
-    }
-    return low;
-  }
-};
-
-// The sum over the CTA's threads and, in *before, over those of lower index. Has a barrier inside,
-// and needs one after.
-__device__ __forceinline__ int SumOfThreads(int value, int32_t (&of_warps)[kWarps], int* before) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  int inclusive = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  if (lane == 31) of_warps[thread / 32] = inclusive;
-  __syncthreads();
-  const int of_warp = lane < kWarps ? of_warps[lane] : 0;
-  *before = inclusive - value + __reduce_add_sync(kAllLanes, lane < thread / 32 ? of_warp : 0);
-  return __reduce_add_sync(kAllLanes, of_warp);
-}
-
-// Fills row_begin. A unit gets its share of all warps, but at least one, and at most one per step.
-template <int kStepBlocks>
-__device__ __forceinline__ void MakeWorkList(const MinMaxArgs& args, int32_t (&of_warps)[kWarps],
-                                             int32_t* row_begin) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  const auto unit_steps = [&](int row) {
-    if (row >= args.num_rows) return 0;
-    const TopKBudget budget = TopKBudgetOf(args.rows[row], kPageTokens);
-    return budget.ScoresDecide() ? (budget.blocks + kStepBlocks - 1) / kStepBlocks : 0;
-  };
-  int before = 0;
-  int steps = 0;
-  for (int row = thread; row < args.num_rows; row += kThreads) steps += unit_steps(row);
-  const int total = SumOfThreads(steps, of_warps, &before) * args.num_kv_heads;
-  const float share = static_cast<float>(gridDim.x * kWarps) / static_cast<float>(max(total, 1));
-  int done = 0;
-  if (thread == 0) row_begin[0] = 0;
-  for (int base = 0; base < args.num_rows; base += kThreads) {
-    steps = unit_steps(base + thread);
-    const int parts = min(steps, max(1, static_cast<int>(static_cast<float>(steps) * share)));
-    __syncthreads();
-    const int sum = SumOfThreads(parts * args.num_kv_heads, of_warps, &before);
-    if (base + thread < args.num_rows) {
-      row_begin[base + thread + 1] = done + before + parts * args.num_kv_heads;
-    }
-    done += sum;
-  }
-  __syncthreads();
-}
-
-// The ids of units whose scores decide nothing.
-__device__ __forceinline__ void WriteUnscored(const MinMaxArgs& args, const WorkList& work) {
-  const int units = args.num_rows * args.num_kv_heads;
-  for (auto unit = static_cast<int>(blockIdx.x); unit < units;
-       unit += static_cast<int>(gridDim.x)) {
-    const int row_at = unit / args.num_kv_heads;
-    if (work.UnitParts(row_at) != 0) continue;
-    const SparseRow& row = args.rows[row_at];
-    const TopKBudget budget = TopKBudgetOf(row, kPageTokens);
-    int32_t* const ids =
-        args.ids + row.ids_begin + static_cast<int64_t>(unit % args.num_kv_heads) * row.keep_blocks;
-    for (auto i = static_cast<int>(threadIdx.x); i < budget.keep; i += kThreads) {
-      ids[i] = budget.UnscoredId(i);
-    }
-  }
-}
-
-// Scores one part and, if that was the last of its unit, adds the unit to the completed ones. A
-// warp's work.
+// A warp's part in scoring a unit: `at` among the warps of the work list.
 template <int kHeadDim>
-__device__ __forceinline__ void ScorePart(const MinMaxArgs& args, const WorkList& work, int part,
-                                          MinMaxShared& shared) {
+__device__ __forceinline__ void ScorePart(const MinMaxArgs& args, const WorkList& work, int at) {
   using S = Step<kHeadDim>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int row_at = work.RowOf(part);
-  const int parts = work.UnitParts(row_at);
-  const int in_row = part - work.row_begin[row_at];
-  const int kv_head = in_row / parts;
-  const int in_unit = in_row - kv_head * parts;
+  const int row_at = work.RowOf(at);
+  const int warps = work.UnitWarps(row_at);
+  const int in_row = at - work.row_begin[row_at];
+  const int kv_head = in_row / warps;
+  const int in_unit = in_row - kv_head * warps;
   const int unit = row_at * args.num_kv_heads + kv_head;
   const SparseRow& row = args.rows[row_at];
   const int blocks = (row.position + kPageTokens) / kPageTokens;
   const int steps = (blocks + S::kBlocks - 1) / S::kBlocks;
-  const int begin = steps * in_unit / parts * S::kBlocks;
-  const int end = min(blocks, steps * (in_unit + 1) / parts * S::kBlocks);
+  const int begin = steps * in_unit / warps * S::kBlocks;
+  const int end = min(blocks, steps * (in_unit + 1) / warps * S::kBlocks);
   const Source<kHeadDim> source = {
       args.tables.pages + row.table * args.tables.stride,
       reinterpret_cast<const uint4*>(args.descriptors) + kv_head * S::kLanes + lane % S::kLanes,
@@ -350,108 +295,84 @@ __device__ __forceinline__ void ScorePart(const MinMaxArgs& args, const WorkList
   WaitForPrevious();
   ScoreBlocks(source, begin, of_round, args.q + head * kHeadDim, args.group,
               args.keys + unit * args.key_stride);
-  __syncwarp();
-  if (lane != 0) return;
-  __threadfence();
-  if (static_cast<int>(atomicAdd(args.counters + unit, 1u)) + 1 != parts) return;
-  __threadfence();
-  args.counters[unit] = 0;
-  shared.completed[atomicAdd(&shared.num_completed, 1)] = unit;
-}
-
-// Makes the keys of forced blocks so, and takes all keys to shared memory if they fit there:
-// returns where they are. The lane's span is of the others.
-__device__ __forceinline__ uint32_t* FetchKeys(uint32_t* keys, const TopKBudget& budget,
-                                               uint32_t* shared_keys, int capacity, KeySpan* span) {
-  uint32_t* const to = budget.blocks <= capacity ? shared_keys : keys;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < budget.blocks; i += kThreads * 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
-    uint32_t of_four[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (budget.Forces(i + j)) {
-        of_four[j] = kTopKForcedKey;
-      } else {
-        span->Add(of_four[j]);
-      }
-    }
-    *reinterpret_cast<uint4*>(to + i) = make_uint4(of_four[0], of_four[1], of_four[2], of_four[3]);
-  }
-  return to;
-}
-
-__device__ __forceinline__ void RankUnit(const MinMaxArgs& args, int unit, MinMaxShared& shared,
-                                         uint32_t* shared_keys) {
-  const auto thread = static_cast<int>(threadIdx.x);
-  const SparseRow& row = args.rows[unit / args.num_kv_heads];
-  const TopKBudget budget = TopKBudgetOf(row, kPageTokens);
-  KeySpan span = NoKeys();
-  const uint32_t* const keys =
-      FetchKeys(args.keys + unit * args.key_stride, budget, shared_keys, args.shared_keys, &span);
-  span = SpanOfWarp(span);
-  if (thread % 32 == 0) shared.span_of_warp[thread / 32] = span;
-  __syncthreads();
-  span = SpanOfWarp(thread % 32 < kWarps ? shared.span_of_warp[thread % 32] : NoKeys());
-  int32_t* const ids =
-      args.ids + row.ids_begin + static_cast<int64_t>(unit % args.num_kv_heads) * row.keep_blocks;
-  SelectTopKInCta<kThreads>(shared.topk, keys, budget, span.least, span.greatest, ids);
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1) SelectMinMaxKernel(const MinMaxArgs args) {
-  __shared__ MinMaxShared shared;
-  extern __shared__ __align__(16) uint32_t shared_keys[];
-  auto* const row_begin = reinterpret_cast<int32_t*>(shared_keys + args.shared_keys);
+__device__ __forceinline__ void Score(const MinMaxArgs& args, int32_t* row_begin) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) shared.num_completed = 0;
-  ClearTopK<kThreads>(shared.topk);
-  MakeWorkList<Step<kHeadDim>::kBlocks>(args, shared.sum_of_warp, row_begin);
+  if (warp == 0) MakeWorkList<Step<kHeadDim>::kBlocks>(args, row_begin);
+  __syncthreads();
   const WorkList work = {row_begin, args.num_rows, args.num_kv_heads};
   const int total = work.total();
-  const auto ctas = static_cast<int>(gridDim.x);
-  // Few parts are spread over all CTAs.
-  const int per_cta = min(kWarps, (total + ctas - 1) / ctas);
-  for (int base = static_cast<int>(blockIdx.x) * per_cta; base < total; base += ctas * per_cta) {
-    if (warp < per_cta && base + warp < total) {
-      ScorePart<kHeadDim>(args, work, base + warp, shared);
-    }
-    __syncthreads();
-    if (base + ctas * per_cta >= total) LetNextStart();
-    const int num_completed = shared.num_completed;
-    for (int i = 0; i < num_completed; ++i) {
-      RankUnit(args, shared.completed[i], shared, shared_keys);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) shared.num_completed = 0;
-    __syncthreads();
+  // Few are spread over all CTAs.
+  for (int at = warp * args.scorers + static_cast<int>(blockIdx.x); at < total;
+       at += kWarps * args.scorers) {
+    ScorePart<kHeadDim>(args, work, at);
   }
-  WaitForPrevious();
-  WriteUnscored(args, work);
+  LetNextStart();
+}
+
+// ---- ranking ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void Rank(const MinMaxArgs& args, RankShared& shared,
+                                     uint32_t* shared_keys) {
+  LetNextStart();
+  ClearTopK<kThreads>(shared.topk);
+  __syncthreads();
+  const int units = args.num_rows * args.num_kv_heads;
+  const int rankers = static_cast<int>(gridDim.x) - args.scorers;
+#pragma unroll 1
+  for (int unit = static_cast<int>(blockIdx.x) - args.scorers; unit < units; unit += rankers) {
+    const SparseRow row = args.rows[unit / args.num_kv_heads];
+    const TopKBudget budget = TopKBudgetOf(row, kPageTokens);
+    int32_t* const ids =
+        args.ids + row.ids_begin + static_cast<int64_t>(unit % args.num_kv_heads) * row.keep_blocks;
+    WaitForPrevious();
+    if (budget.ScoresDecide()) {
+      RankUnit<kThreads>(shared, args.keys + unit * args.key_stride, budget, shared_keys,
+                         args.shared_keys, ids);
+    } else {
+      for (auto i = static_cast<int>(threadIdx.x); i < budget.keep; i += kThreads) {
+        ids[i] = budget.UnscoredId(i);
+      }
+    }
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 2) SelectMinMaxKernel(const MinMaxArgs args) {
+  __shared__ RankShared shared;
+  extern __shared__ __align__(16) uint32_t dynamic[];
+  if (static_cast<int>(blockIdx.x) < args.scorers) {
+    Score<kHeadDim>(args, reinterpret_cast<int32_t*>(dynamic));
+  } else {
+    Rank(args, shared, dynamic);
+  }
 }
 
 template <int kHeadDim>
 void Launch(Context& context, MinMaxArgs args) {
   const auto kernel = SelectMinMaxKernel<kHeadDim>;
+  constexpr int64_t kKeyBytes = sizeof(uint32_t);
+  constexpr int64_t kMaxBytes = kMaxSharedKeys * kKeyBytes;
   static const bool configured = [&] {
     RESA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(kSharedBytes)));
+                                         static_cast<int>(kMaxBytes)));
     return true;
   }();
   static_cast<void>(configured);
   const int64_t units = int64_t{args.num_rows} * args.num_kv_heads;
+  args.key_stride = (args.tables.stride + kRowKeys - 1) / kRowKeys * kRowKeys;
+  args.shared_keys = static_cast<int>(std::min(args.key_stride, kMaxSharedKeys));
   const int64_t row_bytes = (int64_t{args.num_rows} + 1) * static_cast<int64_t>(sizeof(int32_t));
-  RESA_CHECK(row_bytes <= kSharedBytes / 2) << "SelectMinMax: " << args.num_rows << " rows";
-  args.key_stride = (args.tables.stride + 31) / 32 * 32;
-  const int64_t room =
-      (kSharedBytes - row_bytes) / static_cast<int64_t>(sizeof(uint32_t)) / 32 * 32;
-  args.shared_keys = static_cast<int>(std::min(args.key_stride, room));
-  args.keys = reinterpret_cast<uint32_t*>(
-      context.select.Reserve(static_cast<size_t>(units * args.key_stride) * sizeof(uint32_t)));
-  args.counters = context.select_counters.Reserve(static_cast<size_t>(units), context.stream);
-  const int64_t shared_bytes =
-      args.shared_keys * static_cast<int64_t>(sizeof(uint32_t)) + row_bytes;
-  LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(context.device.sms)),
+  RESA_CHECK(row_bytes <= kMaxBytes) << "SelectMinMax: " << args.num_rows << " rows";
+  const int64_t shared_bytes = std::max(args.shared_keys * kKeyBytes, row_bytes);
+  args.keys =
+      context.select_counters.Reserve(static_cast<size_t>(units * args.key_stride), context.stream);
+  // All run at once, two to a multiprocessor.
+  const int rankers = static_cast<int>(std::min<int64_t>(units, context.device.sms));
+  args.scorers = 2 * context.device.sms - rankers;
+  LaunchOverlapped(context.stream, kernel, dim3(static_cast<unsigned>(args.scorers + rankers)),
                    dim3(kThreads), static_cast<size_t>(shared_bytes), 1, args);
 }
 

@@ -51,12 +51,12 @@ void Transformer::RunLayer(int index, const RaggedBatch& batch, const KvMemory& 
   const ImportedLayer& w = weights_.layers[index];
   const float eps = config_.rms_norm_eps;
 
-  ops_->RmsNorm({.x = a.hidden, .weight = w.attn_norm, .eps = eps, .out = a.normed});
   const kernels::LinearParams qkv[] = {
       {.x = a.normed, .weight = w.q_proj, .bias = w.q_bias, .out = a.q},
       {.x = a.normed, .weight = w.k_proj, .bias = w.k_bias, .out = a.k},
       {.x = a.normed, .weight = w.v_proj, .bias = w.v_bias, .out = a.v}};
-  ops_->Linears(qkv);
+  ops_->Linears({.products = qkv,
+                 .norm = {.x = a.hidden, .weight = w.attn_norm, .eps = eps, .out = a.normed}});
   ops_->QkvPost({.q = a.q,
                  .k = a.k,
                  .v = a.v,
@@ -74,12 +74,12 @@ void Transformer::RunLayer(int index, const RaggedBatch& batch, const KvMemory& 
   ops_->Linear(
       {.x = a.attended, .weight = w.o_proj, .bias = w.o_bias, .accumulate = true, .out = a.hidden});
 
-  ops_->RmsNorm({.x = a.hidden, .weight = w.mlp_norm, .eps = eps, .out = a.normed});
   const kernels::LinearParams gate_up[] = {
       {.x = a.normed, .weight = w.gate_proj, .bias = w.gate_bias, .out = a.gate},
       {.x = a.normed, .weight = w.up_proj, .bias = w.up_bias, .out = a.up}};
-  ops_->Linears(gate_up);
-  ops_->SiluMul({.gate = a.gate, .up = a.up, .out = a.gate});
+  ops_->Linears({.products = gate_up,
+                 .norm = {.x = a.hidden, .weight = w.mlp_norm, .eps = eps, .out = a.normed},
+                 .gated = true});
   ops_->Linear({.x = a.gate,
                 .weight = w.down_proj,
                 .bias = w.down_bias,
@@ -129,11 +129,13 @@ kernels::Matrix Transformer::Logits(absl::Span<const int32_t> rows) {
   for (const int32_t row : rows) RESA_CHECK(row >= 0 && row < rows_) << row;
   const HeadActivations head = memory_->ForHead(static_cast<int64_t>(rows.size()));
   ops_->GatherRows({.x = memory_->ForRows(rows_).hidden, .rows = rows.data(), .out = head.hidden});
-  ops_->RmsNorm({.x = head.hidden,
-                 .weight = weights_.final_norm,
-                 .eps = config_.rms_norm_eps,
-                 .out = head.hidden});
-  ops_->Linear({.x = head.hidden, .weight = weights_.lm_head, .out = head.logits});
+  const kernels::LinearParams logits[] = {
+      {.x = head.hidden, .weight = weights_.lm_head, .out = head.logits}};
+  ops_->Linears({.products = logits,
+                 .norm = {.x = head.hidden,
+                          .weight = weights_.final_norm,
+                          .eps = config_.rms_norm_eps,
+                          .out = head.hidden}});
   return head.logits;
 }
 

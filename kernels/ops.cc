@@ -1,6 +1,7 @@
 #include "kernels/ops.h"
 
 #include <algorithm>
+#include <span>
 
 #include "kernels/check.h"
 
@@ -95,12 +96,16 @@ void Ops::Embed(const EmbedParams& p) {
   DoEmbed(p);
 }
 
-void Ops::RmsNorm(const RmsNormParams& p) {
+void Ops::CheckRmsNorm(const RmsNormParams& p) {
   CheckMatrix("RmsNorm", "x", p.x, p.x.rows, p.x.cols);
   CheckMatrix("RmsNorm", "out", p.out, p.x.rows, p.x.cols);
   CheckDtype("RmsNorm", "x", p.x, activation_dtype());
   CheckDtype("RmsNorm", "out", p.out, activation_dtype());
   RESA_CHECK(p.weight != nullptr) << "RmsNorm: no weight";
+}
+
+void Ops::RmsNorm(const RmsNormParams& p) {
+  CheckRmsNorm(p);
   if (p.x.rows > 0) DoRmsNorm(p);
 }
 
@@ -125,15 +130,39 @@ void Ops::Linear(const LinearParams& p) {
   if (CheckLinear(p)) DoLinear(p);
 }
 
-void Ops::Linears(std::span<const LinearParams> params) {
-  RESA_CHECK(!params.empty() && params.size() <= 3) << "Linears: " << params.size() << " products";
+void Ops::Linears(const LinearsParams& params) {
+  const std::span<const LinearParams> products = params.products;
+  RESA_CHECK(!products.empty() && products.size() <= 3)
+      << "Linears: " << products.size() << " products";
+  const RmsNormParams& norm = params.norm;
+  const bool normed = norm.weight != nullptr;
+  if (normed) CheckRmsNorm(norm);
   bool any = false;
-  for (const LinearParams& p : params) {
-    RESA_CHECK(p.x.data == params[0].x.data && p.x.rows == params[0].x.rows)
+  for (const LinearParams& p : products) {
+    RESA_CHECK(p.x.data == products[0].x.data && p.x.rows == products[0].x.rows)
         << "Linears: products of different x";
+    RESA_CHECK(!normed || (p.x.data == norm.out.data && p.x.rows == norm.out.rows))
+        << "Linears: x is not what the norm makes";
     any = CheckLinear(p);
+    RESA_CHECK(!any || !normed || p.out.data != norm.x.data) << "Linears: out may not be norm.x";
+  }
+  if (params.gated) {
+    RESA_CHECK(products.size() == 2 && products[0].weight.rows == products[1].weight.rows)
+        << "Linears: gate and up are not two of a size";
+    for (const LinearParams& p : products) {
+      RESA_CHECK(!p.accumulate) << "Linears: gate and up may not accumulate";
+      CheckDtype("Linears", "out of gate and up", p.out, activation_dtype());
+    }
   }
   if (any) DoLinears(params);
+}
+
+void Ops::DoLinears(const LinearsParams& params) {
+  if (params.norm.weight != nullptr) DoRmsNorm(params.norm);
+  for (const LinearParams& p : params.products) DoLinear(p);
+  if (!params.gated) return;
+  const Matrix& gate = params.products[0].out;
+  DoSiluMul({.gate = gate, .up = params.products[1].out, .out = gate});
 }
 
 void Ops::RopeTable(const RopeTableParams& p) {

@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <span>
 #include <string>
 
 #include "absl/functional/function_ref.h"
@@ -85,8 +84,9 @@ class Ops {
   void Embed(const EmbedParams& params);
   void RmsNorm(const RmsNormParams& params);
   void Linear(const LinearParams& params);
-  // Products of the same x, which a device runs as one where that is faster. REQUIRES 1 to 3.
-  void Linears(std::span<const LinearParams> params);
+  // Products of the same x, the norm before them and the gate behind them, which a device runs as
+  // one where that is faster.
+  void Linears(const LinearsParams& params);
   void RopeTable(const RopeTableParams& params);
   void QkvPost(const QkvPostParams& params);
   void Select(const SelectParams& params);
@@ -117,9 +117,7 @@ class Ops {
   virtual void DoEmbed(const EmbedParams& params) = 0;
   virtual void DoRmsNorm(const RmsNormParams& params) = 0;
   virtual void DoLinear(const LinearParams& params) = 0;
-  virtual void DoLinears(std::span<const LinearParams> params) {
-    for (const LinearParams& p : params) DoLinear(p);
-  }
+  virtual void DoLinears(const LinearsParams& params);  // Here: one op after the other.
   virtual void DoRopeTable(const RopeTableParams& params) = 0;
   virtual void DoQkvPost(const QkvPostParams& params) = 0;
   virtual void DoSelect(const SelectParams& params) = 0;
@@ -135,6 +133,7 @@ class Ops {
     issue();
   }
 
+  void CheckRmsNorm(const RmsNormParams& params);
   bool CheckLinear(const LinearParams& params);  // And counts; false when there is nothing to do.
 };
 

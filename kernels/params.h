@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "kernels/tensor.h"
 
@@ -142,6 +143,17 @@ struct LinearParams {
   const float* bias = nullptr;  // [out] or null
   bool accumulate = false;
   Matrix out;  // [T, out]
+};
+
+// Products of one x, with what stands before and behind them in a layer: a backend may do it all in
+// one pass, or op by op, with the same result within the rounding of activations.
+struct LinearsParams {
+  std::span<const LinearParams> products;  // 1 to 3, all of the same x.
+  // With a weight: x is norm.out, the RmsNorm of norm.x. Whether norm.out is written is left open.
+  RmsNormParams norm = {};
+  // The products are gate and up [T, F], and gate's out = silu(gate) * up. What up's out then holds
+  // is left open.
+  bool gated = false;
 };
 
 // Cosines and sines of the step's rotary angles, once for all layers:

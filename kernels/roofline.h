@@ -46,6 +46,13 @@ inline Roofline RooflineOf(const LinearParams& p) {
           .flops = 2.0 * p.x.rows * p.weight.rows * p.weight.cols};
 }
 
+// The norm's and the gate's own bytes are left out: within the products x and out count anyway.
+inline Roofline RooflineOf(const LinearsParams& p) {
+  Roofline total;
+  for (const LinearParams& product : p.products) total += RooflineOf(product);
+  return total;
+}
+
 inline Roofline RooflineOf(const RopeTableParams& p) {
   return {.bytes = 4.0 * p.rows * (1.0 + p.head_dim), .flops = 1.0 * p.rows * p.head_dim};
 }

@@ -87,7 +87,6 @@ struct Context {
   cublasLtHandle_t cublas = nullptr;
   Scratch cublas_workspace;
   std::shared_ptr<CublasPlans> cublas_plans;
-  ZeroedScratch linear_counter;
 
   ZeroedScratch decode_partials;
   ZeroedScratch decode_counters;

@@ -165,11 +165,9 @@ class CudaOps : public Ops {
   void DoRmsNorm(const RmsNormParams& p) override {
     if (!replaying_) cuda::RmsNorm(context_, p);
   }
-  void DoLinear(const LinearParams& p) override {
-    if (!replaying_) cuda::Linear(context_, &p, 1);
-  }
-  void DoLinears(std::span<const LinearParams> params) override {
-    if (!replaying_) cuda::Linear(context_, params.data(), static_cast<int>(params.size()));
+  void DoLinear(const LinearParams& p) override { DoLinears({.products = {&p, 1}}); }
+  void DoLinears(const LinearsParams& p) override {
+    if (!replaying_) cuda::Linears(context_, p);
   }
   void DoRopeTable(const RopeTableParams& p) override {
     if (replaying_) return;

@@ -78,8 +78,7 @@ void CopyPages(Context& context, const CopyPagesParams& params);
 void QkvPost(Context& context, const QkvPostParams& params, const RowPlace* places,
              const PageWrite* writes, int64_t num_writes);
 
-// `count` (1 to 3) products of the same x.
-void Linear(Context& context, const LinearParams* params, int count);
+void Linears(Context& context, const LinearsParams& params);
 
 void SelectMinMax(Context& context, const SelectParams& params);
 void SelectSketch(Context& context, const SelectParams& params);
@@ -88,8 +87,8 @@ void SelectSketch(Context& context, const SelectParams& params);
 // are then not read).
 void DecodeAttend(Context& context, const SparseAttendParams& params, const DecodePlan& plan);
 
-// Plans ChunkAttend for a step's chunks (host memory) and enqueues the copy: before anything that is
-// recorded or replayed. context.chunk_planner then has the plan.
+// Plans ChunkAttend for a step's chunks (host memory) and enqueues the copy: before anything that
+// is recorded or replayed. context.chunk_planner then has the plan.
 const ChunkPlan& PlanChunkAttend(Context& context, const DenseChunk* host_chunks,
                                  int64_t num_chunks, int num_heads, const KvLayout& layout);
 

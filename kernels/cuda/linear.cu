@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/linear.h"
@@ -128,58 +129,72 @@ LinearParams RowsOf(const LinearParams& p, int64_t begin, int64_t rows) {
 }
 
 // All columns over the number of multiprocessors.
-int64_t ShareOf(const Context& context, const LinearParams* params, int count) {
+int64_t ShareOf(const Context& context, std::span<const LinearParams> products) {
   int64_t columns = 0;
-  for (int i = 0; i < count; ++i) columns += params[i].weight.rows;
+  for (const LinearParams& p : products) columns += p.weight.rows;
   return columns / context.device.sms;
 }
 
-// Up to how many rows linear_stream.cu is the fastest, as measured. With more columns to a
-// multiprocessor the larger copies of linear_tile.cu keep memory busier.
-int64_t MostStreamRows(int64_t share) { return share < 64 ? kMaxStreamRows : 0; }
+// From how many columns to a multiprocessor linear_tile.cu is faster for a few rows, too: those of
+// logits, where a norm is nothing beside the product.
+constexpr int64_t kMostStreamShare = 512;
 
 // Up to how many rows linear_tile.cu is faster than cuBLASLt, as measured. Three products in one
 // launch keep all multiprocessors busy where one by one they do not. With few columns x is read by
 // too many; with very many, cuBLASLt's larger tiles win.
-int64_t MostTileRows(int64_t share, int64_t in, int count) {
+int64_t MostTileRows(int64_t share, int64_t in, size_t count) {
   if (count == 3) return kMaxTileRows;
   if (share < 32) return in > 256 * share ? 64 : 32;
   return share < 512 ? 64 : 32;
 }
 
 // By one kernel and one way to cut a sum, whatever the number of rows: a row's bits are its own.
-void LinearDeterministic(Context& context, const LinearParams* params, int count) {
-  if (!TileSupports(params, count)) {
-    for (int i = 0; i < count; ++i) LinearAny(context, params[i]);
+void MultiplyDeterministic(Context& context, std::span<const LinearParams> products) {
+  const int count = static_cast<int>(products.size());
+  if (!TileSupports(products.data(), count)) {
+    for (const LinearParams& p : products) LinearAny(context, p);
     return;
   }
-  const int64_t rows = params[0].x.rows;
+  const int64_t rows = products[0].x.rows;
   for (int64_t begin = 0; begin < rows; begin += kMaxTileRows) {
     LinearParams parts[kMaxProducts];
     for (int i = 0; i < count; ++i) {
-      parts[i] = RowsOf(params[i], begin, std::min<int64_t>(kMaxTileRows, rows - begin));
+      parts[i] = RowsOf(products[i], begin, std::min<int64_t>(kMaxTileRows, rows - begin));
     }
     LinearTile(context, parts, count);
   }
 }
 
+void Multiply(Context& context, std::span<const LinearParams> products) {
+  const int64_t rows = products[0].x.rows;
+  const int64_t share = ShareOf(context, products);
+  const int count = static_cast<int>(products.size());
+  if (rows <= MostTileRows(share, products[0].x.cols, products.size()) &&
+      TileSupports(products.data(), count)) {
+    return LinearTile(context, products.data(), count);
+  }
+  for (const LinearParams& p : products) {
+    if (!LinearCublas(context, p)) LinearAny(context, p);
+  }
+}
+
 }  // namespace
 
-void Linear(Context& context, const LinearParams* params, int count) {
-  RESA_CHECK(count >= 1 && count <= kMaxProducts) << "Linear: " << count << " products";
-  const int64_t rows = params[0].x.rows;
+void Linears(Context& context, const LinearsParams& params) {
+  const int64_t rows = params.products[0].x.rows;
   if (rows == 0) return;
-  if (context.deterministic) return LinearDeterministic(context, params, count);
-  const int64_t share = ShareOf(context, params, count);
-  if (rows <= MostStreamRows(share) && StreamSupports(params, count)) {
-    return LinearStream(context, params, count);
+  const bool stream = !context.deterministic && rows <= kMaxStreamRows &&
+                      ShareOf(context, params.products) < kMostStreamShare;
+  if (stream && LinearStream(context, params)) return;
+  if (params.norm.weight != nullptr) RmsNorm(context, params.norm);
+  if (context.deterministic) {
+    MultiplyDeterministic(context, params.products);
+  } else {
+    Multiply(context, params.products);
   }
-  if (rows <= MostTileRows(share, params[0].x.cols, count) && TileSupports(params, count)) {
-    return LinearTile(context, params, count);
-  }
-  for (int i = 0; i < count; ++i) {
-    if (!LinearCublas(context, params[i])) LinearAny(context, params[i]);
-  }
+  if (!params.gated) return;
+  const Matrix& gate = params.products[0].out;
+  SiluMul(context, {.gate = gate, .up = params.products[1].out, .out = gate});
 }
 
 }  // namespace resa::kernels::cuda

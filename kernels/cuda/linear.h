@@ -14,23 +14,11 @@ inline constexpr int kMaxProducts = 3;  // Of one x, in a launch.
 
 // ---- a few rows, linear_stream.cu ---------------------------------------------------------------
 
-// All products in one launch, at the speed at which weights can be read. With one configuration a
-// row's bits depend neither on the other rows nor on their number.
 inline constexpr int kMaxStreamRows = 8;
 
-// How a launch is cut; the kernel's banner has the terms.
-struct StreamConfig {
-  int column_warps = 1;  // 1 or 2: a pass takes 32 columns for each.
-  int cluster = 1;       // 1, or with two column warps 2: CTAs that share a sum.
-  // More than half of a multiprocessor's: two CTAs of one launch there would take twice as long.
-  size_t shared_bytes = size_t{200} << 10;
-};
-
-bool StreamSupports(const LinearParams* params, int count);
-void LinearStream(Context& context, const LinearParams* params, int count);
-// False, and nothing enqueued, when two stages do not fit.
-bool LinearStreamWith(Context& context, const LinearParams* params, int count,
-                      const StreamConfig& config);
+// All products in one launch, norm and gate included, at the speed at which weights can be read.
+// False, and nothing enqueued, where a shape or an alignment is not for it.
+bool LinearStream(Context& context, const LinearsParams& params);
 
 // ---- some tens of rows, linear_tile.cu ----------------------------------------------------------
 

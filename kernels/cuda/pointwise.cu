@@ -18,6 +18,7 @@
 
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/silu.cuh"
 
 namespace resa::kernels::cuda {
 namespace {
@@ -162,11 +163,6 @@ __global__ void RmsNormAnyKernel(const __nv_bfloat16* x, const float* weight, in
 }
 
 // ---- SiLU --------------------------------------------------------------------------------------
-
-// The exponential and the quotient are good to 1e-6, far below bf16's 2^-9.
-__device__ __forceinline__ float SiluTimes(float gate, float up) {
-  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
-}
 
 constexpr int kSiluThreads = 128;
 

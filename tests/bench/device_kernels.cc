@@ -399,7 +399,7 @@ class DeviceBench {
     lists.ids = lists.positions = zeros.data();
     lists.layout = engine::LayoutFor(ConfigOf(kQwen, 1), kMinMax, DType::kBF16, 1);
     Report(name, roofline, copies, lists, [&] {
-      for (int i = 0; i < copies; ++i) ops_->Linears(params(i));
+      for (int i = 0; i < copies; ++i) ops_->Linears({.products = params(i)});
     });
     return absl::OkStatus();
   }

@@ -99,17 +99,16 @@ void TimedOps::DoEmbed(const kernels::EmbedParams& p) {
 void TimedOps::DoRmsNorm(const kernels::RmsNormParams& p) {
   Book(Stage::kPointwise, RooflineOf(p), [&] { inner_.RmsNorm(p); });
 }
-void TimedOps::DoLinear(const kernels::LinearParams& p) {
+Stage TimedOps::StageOf(const kernels::LinearParams& p) const {
   const auto label = stage_of_weight_.find(p.weight.data);
-  const Stage stage = label == stage_of_weight_.end() ? Stage::kLinear : label->second;
-  Book(stage, RooflineOf(p), [&] { inner_.Linear(p); });
+  return label == stage_of_weight_.end() ? Stage::kLinear : label->second;
 }
-void TimedOps::DoLinears(std::span<const kernels::LinearParams> params) {
-  const auto label = stage_of_weight_.find(params[0].weight.data);
-  const Stage stage = label == stage_of_weight_.end() ? Stage::kLinear : label->second;
-  Roofline roofline;
-  for (const kernels::LinearParams& p : params) roofline += RooflineOf(p);
-  Book(stage, roofline, [&] { inner_.Linears(params); });
+
+void TimedOps::DoLinear(const kernels::LinearParams& p) {
+  Book(StageOf(p), RooflineOf(p), [&] { inner_.Linear(p); });
+}
+void TimedOps::DoLinears(const kernels::LinearsParams& p) {
+  Book(StageOf(p.products[0]), RooflineOf(p), [&] { inner_.Linears(p); });
 }
 void TimedOps::DoRopeTable(const kernels::RopeTableParams& p) {
   Book(Stage::kEmbed, RooflineOf(p), [&] { inner_.RopeTable(p); });

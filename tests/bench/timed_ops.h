@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <span>
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
@@ -88,13 +87,14 @@ class TimedOps : public kernels::Ops {
   template <class Run>
   void Book(Stage stage, const kernels::Roofline& roofline, const Run& run);
   void Add(Stage stage, double seconds, const kernels::Roofline& roofline);
+  Stage StageOf(const kernels::LinearParams& p) const;
   double Timed(const auto& run);
   void Wait();
 
   void DoEmbed(const kernels::EmbedParams& p) override;
   void DoRmsNorm(const kernels::RmsNormParams& p) override;
   void DoLinear(const kernels::LinearParams& p) override;
-  void DoLinears(std::span<const kernels::LinearParams> params) override;
+  void DoLinears(const kernels::LinearsParams& p) override;
   void DoRopeTable(const kernels::RopeTableParams& p) override;
   void DoQkvPost(const kernels::QkvPostParams& p) override;
   void DoSelect(const kernels::SelectParams& p) override;

@@ -54,12 +54,16 @@ class SummingOps final : public resa::testing::ObservingOps {
 
  private:
   void DoLinear(const kernels::LinearParams& p) override {
-    // Only the logits have as many columns as there are tokens.
-    (p.weight.rows == 131 ? cost.head : cost.linear) += RooflineOf(p);
+    Count(p);
     real_.Linear(p);
   }
-  void DoLinears(std::span<const kernels::LinearParams> params) override {
-    for (const kernels::LinearParams& p : params) DoLinear(p);
+  void DoLinears(const kernels::LinearsParams& p) override {
+    for (const kernels::LinearParams& product : p.products) Count(product);
+    real_.Linears(p);
+  }
+  void Count(const kernels::LinearParams& p) {
+    // Only the logits have as many columns as there are tokens.
+    (p.weight.rows == 131 ? cost.head : cost.linear) += RooflineOf(p);
   }
   void DoSelect(const kernels::SelectParams& p) override {
     cost.select += RooflineOf(p);

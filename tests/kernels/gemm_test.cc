@@ -134,7 +134,7 @@ TEST_P(GemmTest, ProductsOfTheSameRowsAreThoseOfEachAlone) {
       };
       std::vector<kernels::LinearParams> products;
       for (size_t i = 0; i < count; ++i) products.push_back(params(together, i));
-      ops->Linears(products);
+      ops->Linears({.products = products});
       for (size_t i = 0; i < count; ++i) {
         ops->Linear(params(alone, i));
         EXPECT_EQ(CompareBits(together[i], alone[i], static_cast<size_t>(widths[i])), "")

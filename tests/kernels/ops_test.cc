@@ -110,6 +110,22 @@ TEST_F(OpsCheckTest, LinearChecksShapesAndTypes) {
                "Linear: weight is f32, expected bf16");
 }
 
+TEST_F(OpsCheckTest, LinearsChecksWhatBelongsTogether) {
+  std::vector<float> other(64);
+  const Matrix x = {other.data(), DType::kF32, 2, 8};
+  const LinearParams one[] = {{.x = x, .weight = Bf16(3, 8), .out = F32(2, 3)}};
+  const LinearParams two[] = {one[0], {.x = x, .weight = Bf16(4, 8), .out = F32(2, 4)}};
+  EXPECT_DEATH(ops_.Linears({}), "Linears: 0 products");
+  EXPECT_DEATH(
+      ops_.Linears({.products = one, .norm = {.x = x, .weight = other.data(), .out = F32(2, 8)}}),
+      "Linears: x is not what the norm makes");
+  EXPECT_DEATH(
+      ops_.Linears({.products = one, .norm = {.x = F32(2, 8), .weight = other.data(), .out = x}}),
+      "Linears: out may not be norm.x");
+  EXPECT_DEATH(ops_.Linears({.products = one, .gated = true}), "not two of a size");
+  EXPECT_DEATH(ops_.Linears({.products = two, .gated = true}), "not two of a size");
+}
+
 TEST_F(OpsCheckTest, EmbedChecksIds) {
   const int32_t ids[] = {0, 5};
   EXPECT_DEATH(ops_.Embed({.ids = ids, .table = Bf16(5, 4), .out = F32(2, 4)}),

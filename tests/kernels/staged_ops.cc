@@ -143,35 +143,48 @@ void StagedOps::DoEmbed(const kernels::EmbedParams& params) {
   inner_->Embed(p);
 }
 
-void StagedOps::DoRmsNorm(const kernels::RmsNormParams& params) {
-  Staging staging(inner_.get());
+kernels::RmsNormParams StagedOps::Stage(const kernels::RmsNormParams& params, Staging* staging) {
   kernels::RmsNormParams p = params;
-  p.x = staging.Read(params.x);
-  p.weight = staging.Read(params.weight, params.x.cols);
-  p.out = staging.Write(params.out);
-  inner_->RmsNorm(p);
+  p.x = staging->Read(params.x);
+  p.weight = staging->Read(params.weight, params.x.cols);
+  p.out = staging->Write(params.out);
+  return p;
 }
 
-kernels::LinearParams StagedOps::Stage(const kernels::LinearParams& params,
+void StagedOps::DoRmsNorm(const kernels::RmsNormParams& params) {
+  Staging staging(inner_.get());
+  inner_->RmsNorm(Stage(params, &staging));
+}
+
+// `activations`: out is for another op.
+kernels::LinearParams StagedOps::Stage(const kernels::LinearParams& params, bool activations,
                                        Staging* staging) const {
   kernels::LinearParams p = params;
   p.x = staging->Read(params.x);
   p.weight = staging->ReadAs(params.weight);
   p.bias = staging->Read(params.bias, params.weight.rows);
-  p.out = linear_writes_f32_ ? staging->WriteAs(params.out) : staging->Write(params.out);
+  p.out = linear_writes_f32_ && !activations ? staging->WriteAs(params.out)
+                                             : staging->Write(params.out);
   return p;
 }
 
 void StagedOps::DoLinear(const kernels::LinearParams& params) {
   Staging staging(inner_.get());
-  inner_->Linear(Stage(params, &staging));
+  inner_->Linear(Stage(params, false, &staging));
 }
 
-void StagedOps::DoLinears(std::span<const kernels::LinearParams> params) {
+void StagedOps::DoLinears(const kernels::LinearsParams& params) {
   Staging staging(inner_.get());
-  std::vector<kernels::LinearParams> staged;
-  for (const kernels::LinearParams& p : params) staged.push_back(Stage(p, &staging));
-  inner_->Linears(staged);
+  const bool normed = params.norm.weight != nullptr;
+  kernels::LinearsParams p = params;
+  if (normed) p.norm = Stage(params.norm, &staging);
+  std::vector<kernels::LinearParams> products;
+  for (const kernels::LinearParams& product : params.products) {
+    products.push_back(Stage(product, params.gated, &staging));
+    if (normed) products.back().x = p.norm.out;
+  }
+  p.products = products;
+  inner_->Linears(p);
 }
 
 void StagedOps::DoRopeTable(const kernels::RopeTableParams& params) {

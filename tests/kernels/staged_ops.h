@@ -43,7 +43,7 @@ class StagedOps : public kernels::Ops {
   void DoEmbed(const kernels::EmbedParams& params) override;
   void DoRmsNorm(const kernels::RmsNormParams& params) override;
   void DoLinear(const kernels::LinearParams& params) override;
-  void DoLinears(std::span<const kernels::LinearParams> params) override;
+  void DoLinears(const kernels::LinearsParams& params) override;
   void DoRopeTable(const kernels::RopeTableParams& params) override;
   void DoQkvPost(const kernels::QkvPostParams& params) override;
   void DoSelect(const kernels::SelectParams& params) override;
@@ -54,7 +54,9 @@ class StagedOps : public kernels::Ops {
   void DoCopyPages(const kernels::CopyPagesParams& params) override;
   void DoSample(const kernels::SampleParams& params) override;
 
-  kernels::LinearParams Stage(const kernels::LinearParams& params, Staging* staging) const;
+  static kernels::RmsNormParams Stage(const kernels::RmsNormParams& params, Staging* staging);
+  kernels::LinearParams Stage(const kernels::LinearParams& params, bool activations,
+                              Staging* staging) const;
 
   const std::unique_ptr<kernels::Ops> inner_;
   bool linear_writes_f32_ = false;

@@ -7,7 +7,6 @@
 
 #include <functional>
 #include <memory>
-#include <span>
 #include <string>
 
 #include "kernels/ops.h"
@@ -47,7 +46,7 @@ class ObservingOps : public kernels::Ops {
   void DoEmbed(const kernels::EmbedParams& p) override { inner_.Embed(p); }
   void DoRmsNorm(const kernels::RmsNormParams& p) override { inner_.RmsNorm(p); }
   void DoLinear(const kernels::LinearParams& p) override { inner_.Linear(p); }
-  void DoLinears(std::span<const kernels::LinearParams> params) override { inner_.Linears(params); }
+  void DoLinears(const kernels::LinearsParams& p) override { inner_.Linears(p); }
   void DoRopeTable(const kernels::RopeTableParams& p) override { inner_.RopeTable(p); }
   void DoQkvPost(const kernels::QkvPostParams& p) override { inner_.QkvPost(p); }
   void DoSelect(const kernels::SelectParams& p) override {

@@ -1,7 +1,7 @@
 #ifndef RESA_KERNELS_CUDA_LINEAR_SHARED_CUH_
 #define RESA_KERNELS_CUDA_LINEAR_SHARED_CUH_
 
-// What the two kernels of Linear that stream weights share: how columns are dealt out, where a warp
+// What the two kernels of Linear that stream weights use: how columns are dealt out, where a warp
 // stands in its ring of stages, and the shared memory of a cluster's CTAs.
 
 #include <cuda_runtime.h>
@@ -77,22 +77,6 @@ __device__ __forceinline__ void StoreIn(uint32_t address, float4 value) {
                "f"(value.y), "f"(value.z), "f"(value.w)
                : "memory");
 }
-__device__ __forceinline__ void ArriveIn(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void WaitForCluster(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
 // How many clusters of `size` CTAs of `kernel`, one on a multiprocessor, run at a time. Where
 // clusters do not fill a part of the chip, its last multiprocessors stay idle.
 template <class Kernel>

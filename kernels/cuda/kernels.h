@@ -46,13 +46,14 @@ struct PageWrite {
 
 // Tokens of a split of a row that attends to `tokens`: a rule that looks at the row alone, so that
 // its sums do not depend on the other rows. Few for a short row, whose splits spread over the
-// multiprocessors; many for a long one, where each partial result costs more than balance gains.
+// multiprocessors; a 32nd of a longer one, so that with four KV heads each multiprocessor has one;
+// not more than 4096, since a batch of long rows must spread too.
 constexpr int DecodeSplitTokens(int64_t tokens) {
-  if (tokens <= 1024) return 128;
-  if (tokens <= 4096) return 256;
-  if (tokens <= 8192) return 512;
-  if (tokens <= 32768) return 1024;
-  return tokens <= 65536 ? 2048 : 4096;
+  if (tokens <= 1536) return 128;
+  if (tokens <= 6144) return 256;
+  if (tokens <= 12288) return 512;
+  if (tokens > 131072) return 4096;
+  return tokens <= 32768 ? 1024 : static_cast<int>((tokens + 4095) / 4096 * 128);
 }
 
 // The work of one attention op over single rows: item_begin[i] is the number of (split, KV head)

@@ -50,16 +50,18 @@ struct RankShared {
   TopKInterval cut;
 };
 
-// Bins over a span of keys and as much again above it; the first and the last take all others.
+// Bins over a span of keys and, if that is not of all keys, over as much again above it; the first
+// and the last bin take all others.
 struct RankBins {
   uint32_t origin;
   int shift;
 
-  __device__ __forceinline__ explicit RankBins(const KeySpan& span) {
+  __device__ __forceinline__ RankBins(const KeySpan& span, bool of_all) {
     const bool none = span.least > span.greatest;
     origin = none ? 0 : span.least;
     const uint32_t width = none ? UINT32_MAX : span.greatest - span.least;
-    shift = max(0, 32 - __clz(static_cast<int>(width)) - (kTopKWideBits - 1));
+    const int bits = of_all ? kTopKWideBits : kTopKWideBits - 1;
+    shift = max(0, 32 - __clz(static_cast<int>(width)) - bits);
   }
   __device__ __forceinline__ uint32_t Of(uint32_t key) const {
     return key < origin ? 0 : min(((key - origin) >> shift) + 1, kTopKWideBins - 1u);
@@ -163,12 +165,12 @@ __device__ __forceinline__ RankBins TakeKeys(RankShared& shared, const uint32_t*
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const RankRows<kThreads> rows(budget.blocks);
   const int batches = rows.Batches();
-  RankBins bins({UINT32_MAX, 0});
+  RankBins bins({UINT32_MAX, 0}, true);
 #pragma unroll 1
   for (int batch = 0; batch < batches; ++batch) {
     uint32_t stored[kRowsAhead];
     AwaitBatch(rows, batch, keys, budget.blocks, stored);
-    if (batch == 0) bins = RankBins(SpanOfBatch(rows, budget, stored, shared));
+    if (batch == 0) bins = RankBins(SpanOfBatch(rows, budget, stored, shared), batches == 1);
 #pragma unroll
     for (int i = 0; i < kRowsAhead; ++i) {
       const int row = rows.RowOf(batch, i);

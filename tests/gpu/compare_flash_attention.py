@@ -85,7 +85,7 @@ def time_flash_attention(case):
     tensors = [(values(q_rows, q_heads), values(case.length, kv_heads),
                 values(case.length, kv_heads)) for _ in range(layers)]
     seconds = []
-    while len(seconds) < 3 or (len(seconds) < 50 and sum(seconds) * layers < 0.3):
+    while len(seconds) < 10 or (len(seconds) < 50 and sum(seconds) * layers < 0.3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for q, k, v in tensors:

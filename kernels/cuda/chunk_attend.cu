@@ -6,15 +6,15 @@
 // (packed row p is row p / G, head p % G of the KV head's group) over a range of keys; CTAs stay
 // and take the next piece when they are done. Bound: the tensor cores, 4 * d FLOP per row, head and
 // key; 224 packed rows of a rectification window fill its two tiles to 87.5 %. Measured, in useful
-// TFLOP/s of the 788 that a bf16 product of 8192^3 reaches: prefill of 32K 620-690, windows of 32
-// rows with group 7 537 (one at 128K) and 584 (eight at 256K); with group 4 they read K and V at
-// 4.1-4.2 TB/s, which bounds them.
+// TFLOP/s of the 788 that a bf16 product of 8192^3 reaches: prefill of 32K 600-640, windows of 32
+// rows with group 7 470-547 (one at 128K) and 511-581 (eight at 256K), which the power limit makes
+// of the same binary; with group 4 480-512 and 515-548, where they read K and V at up to 4.28 TB/s.
 //
 // A CTA is three warpgroups. The first feeds: warp 0 takes pieces and copies K and V, one box per
 // page, into a ring of three stages each; its other warps gather the queries of the next piece. The
-// other two own 64 packed rows each: S = Q K^T by wgmma from shared memory, softmax in registers, O
-// += P V with P in registers. While a warpgroup's tensor products of the next S and of this O run,
-// the other one takes exponentials; named barriers keep them in turn.
+// other two own 64 packed rows each: S = Q K^T by wgmma with Q in registers, the softmax there, O
+// += P V with P in registers too. While a warpgroup's tensor products of the next S and of this O
+// run, the other one takes exponentials; named barriers keep them in turn.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -60,13 +60,12 @@ __device__ __forceinline__ void FeedTile(typename AttendShared<kHeadDim>::Tile& 
 template <int kHeadDim>
 __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
   const int lane = threadIdx.x;
-  const int pieces = args.counts->works * args.kv_heads;
   Turn<kPieceSlots> turn;
   Turn<kStages> k_turn;
   Turn<kStages> v_turn;
   for (int next = blockIdx.x;;) {
     Piece piece;
-    if (next < pieces) {
+    if (next < args.pieces) {
       piece.work = args.work[next / args.kv_heads];
       piece.head = next % args.kv_heads;
     }
@@ -101,9 +100,9 @@ __device__ void FeedKeys(const AttendArgs& args, AttendShared<kHeadDim>& shared)
   }
 }
 
-// Gathers a piece's queries, swizzled as wgmma wants them; one of kQueryWarps warps. Rows that do
-// not exist are zero: products of zeros draw less power, and power is what bounds the clock.
-template <int kHeadDim>
+// Gathers a piece's queries, swizzled as wgmma wants them; one of kWarps warps. Rows that do not
+// exist are zero: products of zeros draw less power, and power is what bounds the clock.
+template <int kHeadDim, int kWarps>
 __device__ __forceinline__ void GatherQueries(const AttendArgs& args,
                                               AttendShared<kHeadDim>& shared, const ChunkWork& work,
                                               int head, int warp) {
@@ -118,7 +117,7 @@ __device__ __forceinline__ void GatherQueries(const AttendArgs& args,
     const int packed = work.packed_begin + block + lane;
     const int from =
         packed < work.packed_end ? QueryRow(args, work.row_begin, packed, head) : kNoRow;
-    for (int i = warp * kRowsAtOnce; i < 32; i += kQueryWarps * kRowsAtOnce) {
+    for (int i = warp * kRowsAtOnce; i < 32; i += kWarps * kRowsAtOnce) {
       const int row = i + lane / kUnits;
       const int64_t begin = __shfl_sync(~0u, from, row);
       __nv_bfloat16* to = &shared.q[unit / 8][block + row][((unit % 8) ^ (row % 8)) * 8];
@@ -134,18 +133,23 @@ __device__ __forceinline__ void GatherQueries(const AttendArgs& args,
   ProxyFence();
 }
 
-// The other warps of the feeding warpgroup.
+// The other warps of the feeding warpgroup. The first piece's queries are not theirs: three warps
+// would take so long to ask for them that they queue behind all the keys of the first tiles.
 template <int kHeadDim>
 __device__ void FeedQueries(const AttendArgs& args, AttendShared<kHeadDim>& shared) {
   const int warp = static_cast<int>(threadIdx.x) / 32 - 1;
-  Turn<kPieceSlots> turn;
   WaitForPrevious();
+  if (args.work[blockIdx.x / args.kv_heads].key_end == 0) return;
+  Turn<kPieceSlots> turn;
+  turn.Advance();
   for (uint32_t parity = 0;; parity ^= 1) {
     BarrierWait(&shared.piece_full[turn.slot], turn.parity);
     const Piece piece = shared.piece[turn.slot];
     turn.Advance();
-    BarrierWait(&shared.query_empty, parity ^ 1);
-    if (piece.work.key_end > 0) GatherQueries(args, shared, piece.work, piece.head, warp);
+    BarrierWait(&shared.query_empty, parity);
+    if (piece.work.key_end > 0) {
+      GatherQueries<kHeadDim, kQueryWarps>(args, shared, piece.work, piece.head, warp);
+    }
     BarrierArrive(&shared.query_full);
     if (piece.work.key_end == 0) return;
   }
@@ -165,18 +169,28 @@ class Consumer {
   __device__ __forceinline__ void Run() {
     if (warpgroup_ == 1) PassTurn();
     Turn<kPieceSlots> turn;
+    BarrierWait(&shared_.piece_full[turn.slot], turn.parity);
+    GatherFirst(shared_.piece[turn.slot]);
     for (uint32_t parity = 0;; parity ^= 1) {
-      BarrierWait(&shared_.query_full, parity);
       const Piece piece = shared_.piece[turn.slot];
       if (piece.work.key_end == 0) return;
       __syncwarp();
       Signal(&shared_.piece_empty[turn.slot]);
       turn.Advance();
       Attend(piece.work, piece.head);
+      BarrierWait(&shared_.query_full, parity);
     }
   }
 
  private:
+  // The queries of the CTA's first piece, by all who compute with them.
+  __device__ __forceinline__ void GatherFirst(const Piece& piece) {
+    if (piece.work.key_end == 0) return;
+    const int warp = static_cast<int>(threadIdx.x - kWarpgroup) / 32;
+    GatherQueries<kHeadDim, kConsumerWarps>(args_, shared_, piece.work, piece.head, warp);
+    NamedBarrier(kConsumerBarrier, kConsumers * kWarpgroup);
+  }
+
   __device__ __forceinline__ void Attend(const ChunkWork& work, int head) {
     const Rows rows(args_, work, warpgroup_);
     const int tiles = (work.key_end - work.key_begin + kTileKeys - 1) / kTileKeys;
@@ -201,8 +215,12 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
 
+    uint32_t q[kHeadDim / 16][4];
+    LoadQueries<kHeadDim>(q, shared_, warpgroup_ * 64 + threadIdx.x % kWarpgroup / 32 * 16);
+    __syncwarp();
+    Signal(&shared_.query_empty);
     WaitForKeys();
-    BeginKeys(s);
+    BeginKeys(s, q);
     WgmmaWait<0>();
     EndKeys(s);
     mask(s, 0);
@@ -211,7 +229,7 @@ class Consumer {
     for (int tile = 1; tile < tiles; ++tile) {
       WaitForKeys();
       NamedBarrier(kTurnBarrier + warpgroup_, kConsumers * kWarpgroup);
-      BeginKeys(s);
+      BeginKeys(s, q);
       BeginValues(o, p);
       PassTurn();
       WgmmaWait<1>();
@@ -228,7 +246,6 @@ class Consumer {
       }
       PackWeights(s, p);
     }
-    Signal(&shared_.query_empty);
     BarrierWait(&shared_.v_full[v_turn_.slot], v_turn_.parity);
     const int valid = work.key_end - work.key_begin - (tiles - 1) * kTileKeys;
     if (valid < kTileKeys) ZeroTail<kHeadDim>(shared_.v[v_turn_.slot], valid, warpgroup_);
@@ -248,9 +265,9 @@ class Consumer {
     BarrierWait(&shared_.k_full[k_turn_.slot], k_turn_.parity);
   }
   // The products of the next tile of keys and of values. A WgmmaWait stands between Begin and End.
-  __device__ __forceinline__ void BeginKeys(float (&s)[kTileKeys / 2]) {
-    BeginScores<kHeadDim>(s, MakeOperand(&shared_.q[0][warpgroup_ * 64], kAtomBytes, 16),
-                          MakeOperand(shared_.k[k_turn_.slot], kGroupBytes<kHeadDim>, 16));
+  __device__ __forceinline__ void BeginKeys(float (&s)[kTileKeys / 2],
+                                            const uint32_t (&q)[kHeadDim / 16][4]) {
+    BeginScores<kHeadDim>(s, q, MakeOperand(shared_.k[k_turn_.slot], kGroupBytes<kHeadDim>, 16));
   }
   __device__ __forceinline__ void EndKeys(float (&s)[kTileKeys / 2]) {
     KeepInOrder(s);
@@ -360,14 +377,15 @@ void Launch(Context& context, const ChunkAttendParams& params, const ChunkPlan& 
   static const cudaError_t raised = cudaFuncSetAttribute(
       ChunkAttendKernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   RESA_CUDA_CHECK(raised);
-  const int grid = std::min(planner.capacity().works * kv_heads, context.device.sms);
-  args.counts = planner.counts();
   for (const ChunkPass& pass : plan.passes) {
+    // One pass takes all the room there is, so that its launch may be recorded.
+    const bool alone = plan.passes.size() == 1;
     args.work = planner.work() + pass.work_begin;
+    args.pieces = (alone ? planner.capacity().works : pass.works) * kv_heads;
     args.merge = planner.merge() + pass.merge_begin;
-    LaunchOverlapped(context.stream, ChunkAttendKernel<kHeadDim>, grid, kThreads, kSharedBytes, 1,
-                     args);
-    ++args.counts;
+    args.merges = alone ? planner.capacity().merges : pass.merges;
+    LaunchOverlapped(context.stream, ChunkAttendKernel<kHeadDim>,
+                     std::min(args.pieces, context.device.sms), kThreads, kSharedBytes, 1, args);
   }
 }
 

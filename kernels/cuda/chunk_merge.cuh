@@ -143,12 +143,13 @@ __device__ __forceinline__ void MergeRow(const AttendArgs& args, const ChunkMerg
 template <int kHeadDim>
 __device__ void MergeRows(const AttendArgs& args) {
   const int warp = static_cast<int>(threadIdx.x - kWarpgroup) / 32;
-  const int units = args.counts->merges * args.kv_heads * kTileRows;
+  const int units = args.merges * args.kv_heads * kTileRows;
   for (int unit = blockIdx.x * kConsumerWarps + warp; unit < units;
        unit += gridDim.x * kConsumerWarps) {
     const int row = unit % kTileRows;
     const int which = unit / kTileRows;
     const ChunkMerge merge = args.merge[which / args.kv_heads];
+    if (merge.partials == 0) return;
     if (merge.packed_begin + row >= merge.packed_end) continue;
     const auto parts = static_cast<uint32_t>(kConsumers * merge.partials);
     while (LoadAcquire(&args.arrived[which]) != parts) __nanosleep(20);
@@ -165,8 +166,7 @@ __device__ __forceinline__ void LeaveCounters(const AttendArgs& args) {
   if (atomicAdd(args.next_work + 1, 1u) != gridDim.x - 1) return;
   args.next_work[0] = 0;
   args.next_work[1] = 0;
-  const int merges = args.counts->merges * args.kv_heads;
-  for (int i = 0; i < merges; ++i) args.arrived[i] = 0;
+  for (int i = 0; i < args.merges * args.kv_heads; ++i) args.arrived[i] = 0;
 }
 
 }  // namespace resa::kernels::cuda::chunk

@@ -276,10 +276,7 @@ void ChunkPlanner::Upload(cudaStream_t stream) {
                .works = Capacity(plan_.work.size()),
                .merges = Capacity(plan_.merge.size()),
                .partials = Capacity(plan_.partials)};
-  std::vector<ChunkCounts> counts;
-  for (const ChunkPass& pass : plan_.passes) counts.push_back({pass.works, pass.merges});
-  const size_t work_at = counts.size() * sizeof(ChunkCounts);
-  const size_t merge_at = work_at + capacity_.works * sizeof(ChunkWork);
+  const size_t merge_at = capacity_.works * sizeof(ChunkWork);
   const size_t bytes = merge_at + capacity_.merges * sizeof(ChunkMerge);
   Stage& stage = stages_[next_stage_];
   next_stage_ = (next_stage_ + 1) % 4;
@@ -294,14 +291,13 @@ void ChunkPlanner::Upload(cudaStream_t stream) {
     stage.bytes = bytes + bytes / 2 + 4096;
     RESA_CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&stage.pinned), stage.bytes));
   }
-  std::memcpy(stage.pinned, counts.data(), work_at);
-  std::memcpy(stage.pinned + work_at, plan_.work.data(), plan_.work.size() * sizeof(ChunkWork));
+  std::memset(stage.pinned, 0, bytes);
+  std::memcpy(stage.pinned, plan_.work.data(), plan_.work.size() * sizeof(ChunkWork));
   std::memcpy(stage.pinned + merge_at, plan_.merge.data(), plan_.merge.size() * sizeof(ChunkMerge));
   std::byte* device = device_.Reserve(bytes);
   RESA_CUDA_CHECK(cudaMemcpyAsync(device, stage.pinned, bytes, cudaMemcpyHostToDevice, stream));
   RESA_CUDA_CHECK(cudaEventRecord(stage.copied, stream));
-  counts_ = reinterpret_cast<const ChunkCounts*>(device);
-  work_ = reinterpret_cast<const ChunkWork*>(device + work_at);
+  work_ = reinterpret_cast<const ChunkWork*>(device);
   merge_ = reinterpret_cast<const ChunkMerge*>(device + merge_at);
   zeros_ = counters_.Reserve(2 + static_cast<size_t>(capacity_.merges) * shape_.kv_heads, stream);
 }

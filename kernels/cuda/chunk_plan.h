@@ -49,14 +49,9 @@ struct ChunkPass {
   int32_t merges = 0;
 };
 
-// The counts of a pass, for the kernel.
-struct ChunkCounts {
-  int32_t works = 0;
-  int32_t merges = 0;
-};
-
 // Room for a plan, in powers of two: all that a launch depends on, so that a recorded one may be
-// replayed with another plan of the same capacity.
+// replayed with another plan of the same capacity. What a plan leaves of it is empty: works without
+// keys, merges of nothing.
 struct ChunkCapacity {
   int32_t passes = 0;  // Exact. More than one are not recorded.
   int32_t works = 0;
@@ -100,9 +95,8 @@ class ChunkPlanner {
   const ChunkPlan& Plan(const DenseChunk* chunks, int64_t num_chunks, const ChunkShape& shape,
                         cudaStream_t stream);
   const ChunkCapacity& capacity() const { return capacity_; }
-  const ChunkCounts* counts() const { return counts_; }  // device, one per pass
-  const ChunkWork* work() const { return work_; }        // device
-  const ChunkMerge* merge() const { return merge_; }     // device
+  const ChunkWork* work() const { return work_; }     // device
+  const ChunkMerge* merge() const { return merge_; }  // device
   // Device memory at zero: two counters, and one for each merge of a pass and KV head.
   uint32_t* counters() const { return zeros_; }
   // Grows whenever addresses have changed.
@@ -125,7 +119,6 @@ class ChunkPlanner {
   // Used in turn, so that a plan is written while the last one may still be being copied.
   Stage stages_[4];
   int next_stage_ = 0;
-  const ChunkCounts* counts_ = nullptr;
   const ChunkWork* work_ = nullptr;
   const ChunkMerge* merge_ = nullptr;
   uint32_t* zeros_ = nullptr;

@@ -54,8 +54,8 @@ struct AttendArgs {
   uint32_t* arrived = nullptr;   // [merges * Hk]: warpgroups that have written their part
   float* partials = nullptr;     // [partials * Hk][128][d]
   float2* partial_ml = nullptr;  // [partials * Hk][128]: maximum in powers of two, sum
-  // Works times KV heads make the pieces; piece i is of head i % Hk.
-  const ChunkCounts* counts = nullptr;
+  int pieces = 0;  // Works times KV heads, piece i is of head i % Hk; the last may be empty.
+  int merges = 0;  // The last may be empty.
   int group = 0;
   int kv_heads = 0;
   float scale_log2 = 0;  // log2(e) / sqrt(d)

@@ -15,16 +15,30 @@
 
 namespace resa::kernels::cuda::chunk {
 
+// The queries of a warp's 16 rows, `first` the tile's row of the first, as wgmma takes them from
+// registers.
+template <int kHeadDim>
+__device__ __forceinline__ void LoadQueries(uint32_t (&to)[kHeadDim / 16][4],
+                                            const AttendShared<kHeadDim>& shared, int first) {
+  const int lane = threadIdx.x % 32;
+  const int row = first + lane % 16;
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const int unit = step * 2 + lane / 16;
+    LdMatrix4(to[step], SharedAddress(&shared.q[unit / 8][row][((unit % 8) ^ (row % 8)) * 8]));
+  }
+}
+
 // s = Q K^T for 64 rows and a tile of keys, begun.
 template <int kHeadDim>
-__device__ __forceinline__ void BeginScores(float (&s)[kTileKeys / 2], uint64_t q, uint64_t k) {
+__device__ __forceinline__ void BeginScores(float (&s)[kTileKeys / 2],
+                                            const uint32_t (&q)[kHeadDim / 16][4], uint64_t k) {
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const int column = step / 4;
     const int inside = step % 4 * 32;
-    Wgmma(s, AdvanceOperand(q, column * kTileRows * kColumnRowBytes + inside),
-          AdvanceOperand(k, column * kAtomBytes + inside), step > 0);
+    Wgmma(s, q[step], AdvanceOperand(k, column * kAtomBytes + inside), step > 0);
   }
   WgmmaCommit();
 }

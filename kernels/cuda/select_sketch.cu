@@ -5,10 +5,11 @@
 //   pages through the page table; ids [row][KV head][keep] out.
 //
 // A team of CTAs (select_team.cuh) has one (row, KV head), each CTA a contiguous range of chunks of
-// 128 tokens, each of its warps a chunk at a time, read from memory to registers one chunk ahead.
+// 128 tokens, each of its warps a chunk at a time, copied to a ring in shared memory ahead of time.
 // The masses of a block, one per head, stay in shared memory until the team knows every head's
-// total; then they become one score per block. When a CTA's part does not fit it lies in global
-// scratch. Teams are as large as their row is long, so that all CTAs have about the same to do.
+// total; then they become one score per block. When a CTA's part does not fit they wait in global
+// scratch. Teams are as large as their row is long, so that all CTAs have about the same to do;
+// with more rows and KV heads than multiprocessors, a CTA does one after the other alone.
 //
 // Progressive reading is a loop of such passes: the ids that one pass keeps are a list in global
 // scratch, which the next one cuts anew among the CTAs and reads with one plane more.
@@ -17,7 +18,9 @@
 // relative to a base that the row's own tokens at fixed places give, chunks are cut at fixed
 // places, and totals over chunks are sums of integers.
 //
-// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us.
+// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us. Measured: 57 to 59
+// % of it at 8 x 256K with two planes (28 heads on 4), 40 % at 4 x 128K; LOG.md says where the time
+// goes.
 
 #include <algorithm>
 
@@ -84,16 +87,6 @@ struct RankShared {
 };
 static_assert(sizeof(RankShared) % 16 == 0);
 
-// The base of a head whose largest estimate is this: any whole number when none counts.
-__device__ __forceinline__ float BaseFor(float largest, float headroom) {
-  return largest > -1e30f ? ceilf(largest) + headroom : 0.0f;
-}
-
-// The float of a TopKKey.
-__device__ __forceinline__ float FloatOfKey(uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
-}
-
 // Scores of the CTA's blocks, as keys, and of a long row which bins they are in.
 __device__ __forceinline__ void FoldMasses(const MassMemory& memory, const TopKRange& range,
                                            const TopKBudget& budget, int group,
@@ -150,6 +143,17 @@ __device__ __forceinline__ int RefineCount(const SketchArgs& args, const TopKBud
   const int wanted = static_cast<int>(ceil(share * static_cast<double>(budget.blocks)));
   return min(max(wanted, budget.keep), budget.blocks);
 }
+
+// The chunks of a CTA, and where their masses belong.
+struct SketchPart {
+  int begin;
+  int end;
+  int window_chunks;  // So many at a time have theirs in `window`, in shared memory.
+  MassMemory window;
+  MassMemory masses;  // The same if all fit.
+
+  __device__ __forceinline__ bool Fits() const { return end - begin <= window_chunks; }
+};
 
 // A CTA's passes over its part of a row and KV head.
 template <int kDim, int kHeads, int kLastPlanes>
@@ -245,54 +249,113 @@ struct SketchUnit {
     return shared.team_saturated != 0;
   }
 
-  __device__ __forceinline__ void PrepareQueries() {
+  // A warp's head.
+  __device__ __forceinline__ void LoadQuery(RawQuery<kDim>* query) const {
+    const int head = static_cast<int>(threadIdx.x) / 32;
+    if (head >= args.group) return;
     const int64_t first_head =
         (static_cast<int64_t>(row.row) * args.num_kv_heads + kv_head) * args.group;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    for (int h = static_cast<int>(threadIdx.x) / 32; h < SketchColumns<kHeads>::kGroup;
-         h += kWarps) {
-      if (h < args.group) {
-        PrepareSketchQuery<kDim>(args.q + (first_head + h) * kDim, h, &shared.queries);
+    query->Load(args.q + (first_head + head) * kDim);
+  }
+  __device__ __forceinline__ void PrepareQuery(const RawQuery<kDim>& query) const {
+    static_assert(kWarps >= kMaxGroup);
+    const int head = static_cast<int>(threadIdx.x) / 32;
+    if (head < args.group) {
+      PrepareSketchQuery(query, head, &shared.queries);
+    } else if (head < SketchColumns<kHeads>::kGroup) {
+      for (int j = static_cast<int>(threadIdx.x) % 32; j < kDim; j += 32) {
+        shared.queries.rounded[head][j] = 0;
+      }
+      shared.queries.octaves[head] = 0;
+    }
+  }
+
+  // Before a barrier that scoring comes after.
+  __device__ __forceinline__ void ClearSums() {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kMaxGroup) {
+      shared.largest[thread] = 0;
+      shared.totals[thread] = Total();
+    }
+    if (thread == 0) shared.saturated = shared.team_saturated = 0;
+  }
+
+  // shared.largest of the whole team.
+  __device__ __forceinline__ void MeetWithLargest() {
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (team.size == 1) return;
+    if (thread < args.group) atomicMax(&team.counters->largest[thread], shared.largest[thread]);
+    team.Meet();
+    if (thread < args.group) shared.largest[thread] = __ldcg(&team.counters->largest[thread]);
+    team.Meet();
+    if (thread < args.group && team.rank == 0) team.counters->largest[thread] = 0;
+  }
+
+  // Masses of all chunks of the part; those of a window at a time where they do not fit.
+  template <typename Stream>
+  __device__ __forceinline__ void ScorePart(const SketchPart& part, Stream* stream,
+                                            const SketchOperand<kDim, kHeads>& operand,
+                                            const LaneHeads<kHeads>& heads) {
+    const int shift = stream->reader.source.quarter_shift;
+    for (int at = part.begin;;) {
+      if (!Stream::kReadsList && shift == 1) {  // The usual one.
+        ScoreChunks<1>(*stream, args.group, operand, heads, part.window, shared);
       } else {
-        for (int j = lane; j < kDim; j += 32) shared.queries.rounded[h][j] = 0;
-        shared.queries.octaves[h] = 0;
+        ScoreChunks<-1>(*stream, args.group, operand, heads, part.window, shared);
+      }
+      if (part.Fits()) return;
+      const int chunk_blocks = kChunkQuarters >> shift;
+      const int next = min(part.end, at + part.window_chunks);
+      __syncthreads();
+      MoveMasses(part.window, part.masses, (at - part.begin) * chunk_blocks,
+                 (next - at) * chunk_blocks, args.group);
+      __syncthreads();
+      at = next == part.end ? part.begin : next;
+      stream->Move(at, min(part.end, at + part.window_chunks));
+      if (next == part.end) return;
+      stream->FindPlaces();
+      stream->Start();
+    }
+  }
+
+  // The largest estimates of all the team's tokens; hardly ever done. slots: for a step.
+  template <typename Stream>
+  __device__ __forceinline__ void FindLargest(const SketchPart& part, const Stream& stream,
+                                              uint32_t slots,
+                                              const SketchOperand<kDim, kHeads>& operand,
+                                              const LaneHeads<kHeads>& heads) {
+    __syncthreads();
+    ClearSums();
+    __syncthreads();
+    LargestEstimates<kHeads> largest;
+#pragma unroll 1
+    for (int chunk = part.begin + static_cast<int>(threadIdx.x) / 32; chunk < part.end;
+         chunk += kWarps) {
+      const uint32_t places = stream.reader.Places(chunk);
+#pragma unroll 1
+      for (int j = 0; j < kChunkSteps; ++j) {
+        stream.CopyOne(places, j, slots);
+        SketchSums<kHeads> sums;
+        uint4 scales;
+        stream.template ReadOne<0>(operand, slots, &sums, &scales);
+        largest.AddStep(sums, scales, j, stream.reader.source.tokens - chunk * kChunkTokens, heads);
       }
     }
+    largest.Store(shared.largest);
+    MeetWithLargest();
   }
 
-  // shared.base of all heads, given shared.warp_largest; that of the whole team where `exact`.
-  __device__ __forceinline__ void FindBases(bool exact) {
-    const int thread = static_cast<int>(threadIdx.x);
-    __syncthreads();
-    const bool has_head = thread < SketchColumns<kHeads>::kGroup;
-    float largest = -INFINITY;
-    if (has_head) {
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.warp_largest[w][thread]);
-    }
-    if (exact && team.size > 1) {
-      if (has_head) atomicMax(&team.counters->largest[thread], TopKKey(largest));
-      team.Meet();
-      if (has_head) largest = FloatOfKey(__ldcg(&team.counters->largest[thread]));
-      team.Meet();
-      if (has_head && team.rank == 0) team.counters->largest[thread] = 0;
-    }
-    if (has_head) shared.base[thread] = BaseFor(largest, exact ? 2.0f : kHeadroomOctaves);
-    if (thread < kMaxGroup) shared.totals[thread] = Total();
-    if (thread == 0) shared.saturated = shared.team_saturated = 0;
-    __syncthreads();
-  }
-
-  // Scores the source's chunks [begin, end) of this CTA, and leaves shared.weight. Masses are
-  // relative to the largest estimate of one step per warp, at places spread over the row; where
-  // that falls far short, once more relative to the largest of all.
+  // Scores the part, and leaves shared.weight. Masses are relative to the largest estimate of one
+  // step per warp, at places spread over the row; where that falls far short, once more relative to
+  // the largest of all.
   template <int kPlanes, bool kList>
-  __device__ __forceinline__ void Score(const SketchSource& source, int begin, int end,
-                                        const MassMemory& window, int window_chunks,
-                                        const MassMemory& masses, bool first_pass) {
+  __device__ __forceinline__ void Score(const SketchSource& source, const SketchPart& part,
+                                        bool first_pass) {
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
-    ChunkStream<kDim, kPlanes, kList> stream(source, begin, min(end, begin + window_chunks), tail);
+    ChunkStream<kDim, kPlanes, kList> stream(source, part.begin,
+                                             min(part.end, part.begin + part.window_chunks), tail);
     const auto sample =
         static_cast<int>((source.tokens - 1) / kStepTokens * int64_t{warp} / (kWarps - 1));
     const int sample_chunk = sample / kChunkSteps;
@@ -300,19 +363,22 @@ struct SketchUnit {
     const uint32_t sample_slots =
         SharedAddress(MassesAt()) + warp * stream.kStepBytes + thread % 32 * 16;
     stream.FindPlaces();
+    RawQuery<kDim> query;
     if (first_pass) {  // What is above, no kernel writes.
       WaitForPrevious();
       if (team.size > 1) launches = args.launches->Before();
+      LoadQuery(&query);
     }
     stream.CopyOne(sample_places, sample % kChunkSteps, sample_slots);
     stream.Start();
-    if (first_pass) PrepareQueries();
+    if (first_pass) PrepareQuery(query);
+    ClearSums();
     __syncthreads();
     team.tag = (launches + 1) << 2 | kPlanes;
     SketchOperand<kDim, kHeads> operand;
     operand.Load(shared.queries);
     LaneHeads<kHeads> heads;
-    heads.Load(shared.queries, nullptr, args.group, args.ratio[kPlanes]);
+    heads.LoadFactors(shared.queries, args.group, args.ratio[kPlanes]);
     {
       SketchSums<kHeads> sums;
       uint4 scales;
@@ -320,43 +386,15 @@ struct SketchUnit {
       LargestEstimates<kHeads> largest;
       largest.AddStep(sums, scales, sample % kChunkSteps,
                       source.tokens - sample_chunk * kChunkTokens, heads);
-      largest.Store(shared.warp_largest[warp]);
+      largest.Store(shared.largest);
     }
-    FindBases(false);
+    __syncthreads();
 #pragma unroll 1
     for (bool exact = false;; exact = true) {
-      heads.Load(shared.queries, shared.base, args.group, args.ratio[kPlanes]);
-      for (int at = begin;;) {
-        ScoreChunks(stream, args.group, operand, heads, window, shared);
-        if (end - begin <= window_chunks) break;
-        const int chunk_blocks = kChunkQuarters >> source.quarter_shift;
-        const int next = min(end, at + window_chunks);
-        __syncthreads();
-        MoveMasses(window, masses, (at - begin) * chunk_blocks, (next - at) * chunk_blocks,
-                   args.group);
-        __syncthreads();
-        at = next == end ? begin : next;
-        stream.Move(at, min(end, at + window_chunks));
-        if (next == end) break;
-        stream.FindPlaces();
-        stream.Start();
-      }
+      heads.LoadOffsets(shared.largest, args.group, exact ? 2.0f : kHeadroomOctaves);
+      ScorePart(part, &stream, operand, heads);
       if (!MeetWithTotals(first_pass, exact) || exact) break;
-      LargestEstimates<kHeads> largest;
-#pragma unroll 1
-      for (int chunk = begin + warp; chunk < end; chunk += kWarps) {
-        const uint32_t places = stream.reader.Places(chunk);
-#pragma unroll 1
-        for (int j = 0; j < kChunkSteps; ++j) {
-          stream.CopyOne(places, j, sample_slots);
-          SketchSums<kHeads> sums;
-          uint4 scales;
-          stream.template ReadOne<0>(operand, sample_slots, &sums, &scales);
-          largest.AddStep(sums, scales, j, source.tokens - chunk * kChunkTokens, heads);
-        }
-      }
-      largest.Store(shared.warp_largest[warp]);
-      FindBases(true);
+      FindLargest(part, stream, sample_slots, operand, heads);
       stream.FindPlaces();
       stream.Start();
     }
@@ -379,17 +417,17 @@ struct SketchUnit {
     const TopKRange range = {first_block, min(source.blocks, end * chunk_blocks) - first_block};
     const int most = per_cta * chunk_blocks;
     const MassMemory window(KeysAt(), MassesAt(), args.shared_blocks, args.group);
-    const bool fits = most <= args.shared_blocks;
+    const int window_chunks = args.shared_blocks / chunk_blocks;
     std::byte* const scratch = args.mass_scratch + blockIdx.x * args.scratch_bytes;
     const MassMemory masses =
-        fits ? window
-             : MassMemory(scratch, scratch + MassMemory::KeyBytesFor(most), most, args.group);
-    const int window_chunks = fits ? per_cta : args.shared_blocks / chunk_blocks;
-
+        end - begin <= window_chunks
+            ? window
+            : MassMemory(scratch, scratch + MassMemory::KeyBytesFor(most), most, args.group);
+    const SketchPart part = {begin, end, window_chunks, window, masses};
     if (kPlanes == 1 || first) {
-      Score<kPlanes, false>(source, begin, end, window, window_chunks, masses, first);
+      Score<kPlanes, false>(source, part, first);
     } else {
-      Score<kPlanes, true>(source, begin, end, window, window_chunks, masses, false);
+      Score<kPlanes, true>(source, part, false);
     }
     const TeamBins bins(static_cast<float>(args.group) / static_cast<float>(source.blocks));
     TopKBudget pass = budget;

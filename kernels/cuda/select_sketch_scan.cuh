@@ -16,6 +16,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/select_sketch_score.cuh"
+#include "kernels/cuda/select_topk.cuh"
 #include "kernels/params.h"
 
 namespace resa::kernels::cuda {
@@ -45,13 +46,11 @@ struct Total {
 // What is used while tokens are scored.
 struct SketchScanShared {
   SketchQueries queries;
-  Total totals[kMaxGroup];  // Of this CTA, then of the team.
-  uint32_t saturated;       // A mass was cut off: in this CTA,
-  uint32_t team_saturated;  // in the team.
-  float base[kMaxGroup];
-  float warp_largest[kSketchWarps][kMaxGroup];
-  float weight[kMaxGroup];          // What a head's masses are multiplied by.
-  alignas(16) uint32_t beside[32];  // Written and never read.
+  Total totals[kMaxGroup];      // Of this CTA, then of the team.
+  uint32_t saturated;           // A mass was cut off: in this CTA,
+  uint32_t team_saturated;      // in the team.
+  uint32_t largest[kMaxGroup];  // Estimates in octaves, as keys (TopKKey).
+  float weight[kMaxGroup];      // What a head's masses are multiplied by.
 };
 
 // What a pass scores: all blocks of a row in order, or those of a list.
@@ -172,7 +171,17 @@ struct StepReader {
   }
 };
 
-// What a lane needs of its heads. Without bases, nothing has a mass.
+// The base of a head whose largest estimate is this: any whole number when none counts.
+__device__ __forceinline__ float BaseFor(float largest, float headroom) {
+  return largest > -1e30f ? ceilf(largest) + headroom : 0.0f;
+}
+
+// The float of a TopKKey.
+__device__ __forceinline__ float FloatOfKey(uint32_t key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
+}
+
+// What a lane needs of its heads.
 template <int kHeads>
 struct LaneHeads {
   static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
@@ -180,8 +189,8 @@ struct LaneHeads {
   float factor[kTiles][kEach];
   float offset[kTiles][kEach];
 
-  __device__ __forceinline__ void Load(const SketchQueries& queries, const float* base, int group,
-                                       float ratio) {
+  __device__ __forceinline__ void LoadFactors(const SketchQueries& queries, int group,
+                                              float ratio) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -189,8 +198,18 @@ struct LaneHeads {
         const int head = SketchColumns<kHeads>::Head(tile, i);
         const float octaves = queries.octaves[head] * ratio;
         factor[tile][i] = head < group ? octaves / kWindowOctaves : 0.0f;
-        offset[tile][i] =
-            base != nullptr && head < group ? (127.0f - base[head]) / kWindowOctaves : -1.0f;
+      }
+    }
+  }
+  // Given the largest estimates. A head that does not exist has no mass.
+  __device__ __forceinline__ void LoadOffsets(const uint32_t* largest, int group, float headroom) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int head = SketchColumns<kHeads>::Head(tile, i);
+        const float base = BaseFor(FloatOfKey(largest[head]), headroom);
+        offset[tile][i] = head < group ? (127.0f - base) / kWindowOctaves : -1.0f;
       }
     }
   }
@@ -222,8 +241,7 @@ struct MassMemory {
   }
 };
 
-// Where a lane stores the masses of its heads' next block, one tile of them. A lane that has
-// nothing to store does so beside the masses, which takes no question.
+// Where a lane stores the masses of its heads' next block, one tile of them.
 template <int kEach>
 struct MassColumn {
   uint32_t upper[kEach];  // In shared memory.
@@ -235,10 +253,15 @@ struct MassColumn {
 #pragma unroll
     for (int i = kEach - 1; i >= 0; --i) {
       const uint32_t bits = PackMass(masses[i]);
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(upper[i] + block * 2),
-                   "h"(static_cast<uint16_t>(bits >> 16))
-                   : "memory");
-      asm volatile("st.shared.u8 [%0], %1;" ::"r"(lower[i] + block), "r"(bits >> 8) : "memory");
+      asm volatile(
+          "{\n"
+          ".reg .pred stores;\n"
+          "setp.ne.s32 stores, %4, 0;\n"
+          "@stores st.shared.u16 [%0], %1;\n"
+          "@stores st.shared.u8 [%2], %3;\n"
+          "}" ::"r"(upper[i] + block * 2),
+          "h"(static_cast<uint16_t>(bits >> 16)), "r"(lower[i] + block), "r"(bits >> 8), "r"(blocks)
+          : "memory");
     }
   }
   __device__ __forceinline__ void Advance(int by) {
@@ -255,6 +278,7 @@ struct MassColumn {
 template <int kDim, int kPlanes, bool kList>
 struct ChunkStream {
   using Ring = SketchRing<kDim>;
+  static constexpr bool kReadsList = kList;
   static constexpr int kStepBytes = kPlanes * Ring::kSlotBytes;
   static constexpr int kTurns = kChunkSteps * kPlanes;           // Planes of a chunk.
   static constexpr int kAhead = (kTurns - 1 + kSlots) / kTurns;  // Chunks that copies go ahead.
@@ -319,10 +343,10 @@ struct ChunkStream {
                                           uint4* scales) const {
     CopyAsyncWait<kLater>();
     __syncwarp();
+    PlaneWords<kDim> words[kPlanes];
 #pragma unroll
-    for (int p = 0; p < kPlanes; ++p) {
-      sums->Add(reader.ReadPlane(slots + p * Ring::kSlotBytes), 1 << (kPlanes - 1 - p), operand);
-    }
+    for (int p = 0; p < kPlanes; ++p) words[p] = reader.ReadPlane(slots + p * Ring::kSlotBytes);
+    sums->AddStep(words, operand);
     *scales = reader.ReadScales(slots);
     __syncwarp();
   }
@@ -355,12 +379,12 @@ struct ChunkStream {
     const uint32_t newest = PlacesOf(chunk + (kAhead + 1) * kSketchWarps);
 #pragma unroll
     for (int j = 0; j < kChunkSteps; ++j) {
-      SketchSums<kHeads> sums;
+      PlaneWords<kDim> words[kPlanes];
       uint4 scales;
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p) {
         CopyAsyncWait<kSlots - 1>();
-        const PlaneWords<kDim> words = reader.ReadPlane(*slot);
+        words[p] = reader.ReadPlane(*slot);
         if (p == 0) {  // The scales, other lanes have asked for.
           __syncwarp();
           scales = reader.ReadScales(*slot);
@@ -368,8 +392,9 @@ struct ChunkStream {
         }
         Copy(j * kPlanes + p + kSlots, *slot);
         *slot = *slot == ring + (kSlots - 1) * Ring::kSlotBytes ? ring : *slot + Ring::kSlotBytes;
-        sums.Add(words, 1 << (kPlanes - 1 - p), operand);
       }
+      SketchSums<kHeads> sums;
+      sums.AddStep(words, operand);
       step(std::bool_constant<kCut>(), sums, scales, j,
            reader.source.tokens - chunk * kChunkTokens);
     }
@@ -387,7 +412,8 @@ __device__ __forceinline__ void CutStep(int j, int left, float (&scales)[8]) {
 }
 
 // Masses of the blocks of a stream's chunks, to shared memory, and the CTA's totals of the heads.
-template <int kDim, int kHeads, int kPlanes, bool kList>
+// kShift: the source's, or -1, for any.
+template <int kShift, int kDim, int kHeads, int kPlanes, bool kList>
 __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& stream, int group,
                                             const SketchOperand<kDim, kHeads>& operand,
                                             const LaneHeads<kHeads>& heads,
@@ -397,7 +423,7 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
   constexpr int kEach = Columns::kEach;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = lane / 4;
-  const int shift = stream.reader.source.quarter_shift;
+  const int shift = kShift >= 0 ? kShift : stream.reader.source.quarter_shift;
   const bool odd = (row & 1) != 0;
   // The head whose total the lane has: with two heads, each of a pair of lanes takes one of them.
   const int total_head = Columns::Head(0, kEach == 2 && odd ? 1 : 0);
@@ -413,10 +439,8 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int of_head = head + i < group ? at + i * memory.stride : at;
-      const void* const upper = stores ? static_cast<void*>(memory.upper + of_head) : shared.beside;
-      const void* const lower = stores ? static_cast<void*>(memory.lower + of_head) : shared.beside;
-      columns[tile].upper[i] = SharedAddress(upper);
-      columns[tile].lower[i] = SharedAddress(lower);
+      columns[tile].upper[i] = SharedAddress(memory.upper + of_head);
+      columns[tile].lower[i] = SharedAddress(memory.lower + of_head);
     }
   }
   float chunk_sum[kTiles][kEach] = {};
@@ -505,8 +529,8 @@ struct LargestEstimates {
       largest[tile][i] = fmaxf(largest[tile][i], estimate * heads.factor[tile][i]);
     });
   }
-  // To of_warp[head].
-  __device__ __forceinline__ void Store(float* of_warp) const {
+  // To of_cta[head], if they are larger.
+  __device__ __forceinline__ void Store(uint32_t* of_cta) const {
 #pragma unroll
     for (int tile = 0; tile < Columns::kTiles; ++tile) {
 #pragma unroll
@@ -514,7 +538,9 @@ struct LargestEstimates {
         float x = largest[tile][i];
 #pragma unroll
         for (int bit = 4; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-        if (threadIdx.x % 32 < 4) of_warp[Columns::Head(tile, i)] = x * kWindowOctaves;
+        if (threadIdx.x % 32 < 4) {
+          atomicMax(&of_cta[Columns::Head(tile, i)], TopKKey(x * kWindowOctaves));
+        }
       }
     }
   }

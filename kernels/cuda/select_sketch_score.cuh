@@ -53,12 +53,27 @@ struct SketchQueries {
   float octaves[kMaxGroup];  // What a dot product times a token's scale is multiplied by.
 };
 
+// A lane's components of a head, lane * kDim / 32 ..: two bf16 in each word.
+template <int kDim>
+struct RawQuery {
+  uint32_t pairs[kDim / 64];
+
+  // Where it stands, ahead of the copies that follow.
+  __device__ __forceinline__ void Load(const uint16_t* q) {
+    const uint16_t* const from = q + static_cast<int>(threadIdx.x) % 32 * (kDim / 32);
+#pragma unroll
+    for (int i = 0; i < kDim / 64; ++i) {
+      asm volatile("ld.global.u32 %0, [%1];" : "=r"(pairs[i]) : "l"(from + 2 * i) : "memory");
+    }
+  }
+};
+
 // One head: a warp's work. kernels/sketch.h has the formulas, and the CPU backend the same order of
 // operations; a query that is not finite counts as zero.
 template <int kDim>
-__device__ __forceinline__ void PrepareSketchQuery(const uint16_t* q, int head,
+__device__ __forceinline__ void PrepareSketchQuery(const RawQuery<kDim>& q, int head,
                                                    SketchQueries* queries) {
-  constexpr int kEach = kDim / 32;  // Components lane * kEach ...
+  constexpr int kEach = kDim / 32;
   constexpr float kInverseRoot = kDim == 64 ? 0.125f : 0.088388347648318440550f;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float x[kEach];
@@ -67,7 +82,8 @@ __device__ __forceinline__ void PrepareSketchQuery(const uint16_t* q, int head,
     const int j = lane * kEach + i;
     constexpr uint64_t kLow = kSketchSignBits[0], kHigh = kSketchSignBits[1];
     const bool flip = (((j < 64 ? kLow : kHigh) >> (j % 64)) & 1) != 0;
-    const float value = __uint_as_float(static_cast<uint32_t>(q[j]) << 16);
+    const uint32_t pair = q.pairs[i / 2];
+    const float value = __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
     x[i] = value * (flip ? -kInverseRoot : kInverseRoot);
   }
 #pragma unroll
@@ -205,8 +221,7 @@ __device__ __forceinline__ void MmaSparse(int (&sum)[4], uint32_t weight, const 
 }
 
 // The sums of q level of a step, over kSumOrigin. [tile][t][row * 2 + i]: token t of quarter 2 r +
-// row, the lane's head i. The products of four tokens take turns, since one that adds to the last
-// waits for it.
+// row, the lane's head i.
 template <int kHeads>
 struct SketchSums {
   static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
@@ -219,7 +234,8 @@ struct SketchSums {
     }
   }
 
-  // A plane whose bits weigh `weight`.
+  // A plane whose bits weigh `weight`. The products of four tokens take turns, since one that adds
+  // to the last waits for it.
   template <int kDim>
   __device__ __forceinline__ void Add(const PlaneWords<kDim>& words, int weight,
                                       const SketchOperand<kDim, kHeads>& operand) {
@@ -241,6 +257,13 @@ struct SketchSums {
         }
       }
     }
+  }
+  // All planes of a step.
+  template <int kDim, int kPlanes>
+  __device__ __forceinline__ void AddStep(const PlaneWords<kDim> (&words)[kPlanes],
+                                          const SketchOperand<kDim, kHeads>& operand) {
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) Add(words[p], 1 << (kPlanes - 1 - p), operand);
   }
 
   // Calls use(tile, t, row, i, estimate) for each, the estimate before the head's factor.
@@ -264,27 +287,18 @@ struct SketchSums {
   }
 };
 
-// The scales of the lane's eight tokens as floats, NaN or infinite where one does not count: that
-// makes any estimate NaN, since what is multiplied by the scale starts from kSumOriginValue.
+// The scales of the lane's eight tokens as floats, NaN where one does not count.
 __device__ __forceinline__ void SketchScales(const uint4& packed, float (&scales)[8]) {
-  uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-  const uint32_t bound_bits = kLargestScaleBits * 0x00010001u;
-  const auto& bound = *reinterpret_cast<const __nv_bfloat162*>(&bound_bits);
-  __nv_bfloat162 magnitudes[4];
+  const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    magnitudes[i] = __habs2(*reinterpret_cast<const __nv_bfloat162*>(&pairs[i]));
-  }
-  const __nv_bfloat162 largest = __hmax2(__hmax2(magnitudes[0], magnitudes[1]),
-                                         __hmax2(magnitudes[2], magnitudes[3]));  // Not NaN.
-  if (!__hblt2(largest, bound)) {                                                 // Hardly ever.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] |= ~__hlt2_mask(magnitudes[i], bound);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    scales[2 * i] = __uint_as_float(pairs[i] << 16);
-    scales[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    const uint32_t bound = kLargestScaleBits * 0x00010001u;
+    const uint32_t magnitude = pairs[i] & 0x7fff7fffu;
+    const uint32_t guarded =
+        pairs[i] | ~__hlt2_mask(*reinterpret_cast<const __nv_bfloat162*>(&magnitude),
+                                *reinterpret_cast<const __nv_bfloat162*>(&bound));
+    scales[2 * i] = __uint_as_float(guarded << 16);
+    scales[2 * i + 1] = __uint_as_float(guarded & 0xffff0000u);
   }
 }
 

@@ -64,14 +64,14 @@ class Engine {
 
   // One turn. False when there was nothing to do.
   bool Step();
-  // Hands out what would go to the clients while the next step is computed: for those who look after
-  // each turn.
+  // Hands out what would go to the clients while the next step is computed: for those who look
+  // after each turn.
   void Flush();
   // Turns until Stop(); sleeps while there is nothing to do.
   void Run();
   // CHECKs the invariants of pool and sequences (free + owned pages, reference counts,
-  // rectified_len
-  // <= kv_len <= tokens). Cost: linear in pages; run when idle and by tests after every step.
+  // rectified_len <= kv_len <= tokens). Cost: linear in pages; run when idle and by tests after
+  // every step.
   void CheckInvariants() const;
 
   // For the simulation's checker and for tests; engine thread only.

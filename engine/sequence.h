@@ -75,8 +75,8 @@ struct Sequence {
 };
 
 // The next segment of a sequence when rows and pages are no object. Depends on the request's own
-// tokens and policy and on `sparse_from` alone: never on load, unless the scheduler lets that decide
-// by a step's tokens.
+// tokens and policy and on `sparse_from` alone: never on load, unless the scheduler lets a step's
+// tokens decide that.
 struct Work {
   SegmentKind kind = SegmentKind::kPrefill;
   int32_t begin = 0;  // Token positions [begin, end).

@@ -62,7 +62,9 @@ TEST_F(OutboxTest, TellsInOrderWhenAsked) {
   const auto b = std::make_shared<Reader>("b", &told_);
   Add(kA, a, 1);
   Add(kB, b, 2);
-  outbox_.AddFinished(kA, a, Finished{.index = 3});
+  Finished finished;
+  finished.index = 3;
+  outbox_.AddFinished(kA, a, finished);
   EXPECT_THAT(told_, ElementsAre());
   Deliver();
   EXPECT_THAT(told_, ElementsAre("a 1", "b 2", "a end 3"));

@@ -35,6 +35,7 @@
 #include "kernels/cuda/decode_scout.cuh"
 #include "kernels/cuda/decode_shared.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resa::kernels::cuda {
@@ -64,7 +65,7 @@ class Consumer {
       LookUp(i);
       if (i == 0) {
         Prefetch();
-        WaitForPriorKernel();
+        WaitForPrevious();
       }
       Copy(args_.k, 2 * i);
       Copy(args_.v, 2 * i + 1);
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(ThreadsOf(kHeadTiles), 1)
   constexpr int kFinishers = FinishersOf(kHeadTiles);
   auto& shared = *reinterpret_cast<DecodeShared<kHeadDim, kHeadTiles, kRuns>*>(shared_bytes);
   const int warp = static_cast<int>(threadIdx.x / 32);
-  AllowNextKernel();
+  LetNextStart();
   if (warp == kConsumers) {
     InitBarriers(shared, kFinishers);
   } else {
@@ -397,18 +398,8 @@ void Launch(Context& context, const DecodeArgs& args, int64_t items_capacity) {
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   RESA_CUDA_CHECK(allowed);
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(context.device.sms, items_capacity));
-  config.blockDim = ThreadsOf(kHeadTiles);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = context.stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  RESA_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
-  RESA_CUDA_CHECK(cudaGetLastError());
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(context.device.sms, items_capacity));
+  LaunchOverlapped(context.stream, kernel, ctas, ThreadsOf(kHeadTiles), kBytes, 1, args);
 }
 
 template <int kHeadDim, int kHeadTiles>

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/decode_shared.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resa::kernels::cuda {
@@ -77,7 +78,7 @@ class DecodeFinisher {
       : s_(shared), args_(args), warp_(warp), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    WaitForPriorKernel();
+    WaitForPrevious();
     uint32_t merges = 0;
     for (int i = 0;; ++i) {
       const int slot = i % S::kItemSlots;

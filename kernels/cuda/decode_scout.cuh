@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/decode_shared.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace resa::kernels::cuda {
@@ -158,7 +159,7 @@ class DecodeScout {
     Batch next = After(now);
     if (dense) next.LoadPages(lane_);
     if (dense || !now.work.valid) PublishAll(now, next.work.valid);
-    WaitForPriorKernel();
+    WaitForPrevious();
     TakeNext();
     if (!dense) {
       now.LoadId(lane_);

@@ -281,8 +281,7 @@ class Consumer {
         squares += __shfl_xor_sync(~0u, squares, 2);
         if (lane_ % 4 == 0) shared_.squares[warp_][lane_ / 4] = squares;
       }
-      __syncwarp();
-      if (lane_ == 0) BarrierArrive(&shared_.sums_full[turn.stage]);
+      BarrierArrive(&shared_.sums_full[turn.stage]);  // By every lane for what it stored.
     }
   }
 
@@ -456,8 +455,7 @@ __device__ void Finish(const Args& a, Shared& shared, int index) {
       }
     }
     if (pass == 0 && a.norm != nullptr) scale = NormScale<kColumnWarps>(a, shared, row);
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.sums_empty[turn.stage]);
+    BarrierArrive(&shared.sums_empty[turn.stage]);
     float out[kFragments][2][2];
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
@@ -497,8 +495,8 @@ __global__ __launch_bounds__(ThreadsOf(kColumnWarps),
     }
     BarrierInit(&shared.norm_full, 1);
     for (int i = 0; i < 2; ++i) {
-      BarrierInit(&shared.sums_full[i], kConsumers);
-      BarrierInit(&shared.sums_empty[i], kColumnWarps);
+      BarrierInit(&shared.sums_full[i], kConsumers * 32);
+      BarrierInit(&shared.sums_empty[i], kColumnWarps * 32);
     }
     BarrierInitFence();
   }

@@ -2,7 +2,7 @@
 #define RESA_KERNELS_CUDA_PTX_CUH_
 
 // Instructions that CUDA C++ has no spelling for, one small wrapper each: matrix fragments and
-// products of a warp, barriers in shared memory, tensor copies, programmatic launches.
+// products of a warp, barriers in shared memory, tensor copies.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -186,18 +186,6 @@ __device__ __forceinline__ uint2 LoadRelaxed2(const uint32_t* from) {
 // Asks the L2 for the 128 bytes around an address.
 __device__ __forceinline__ void PrefetchL2(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
-}
-
-// ---- programmatic launches --------------------------------------------------------------------
-
-// Waits until the kernel before has ended and what it wrote can be read. Returns at once when this
-// kernel was launched the ordinary way.
-__device__ __forceinline__ void WaitForPriorKernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-// Lets the next kernel be launched as soon as multiprocessors have room.
-__device__ __forceinline__ void AllowNextKernel() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace resa::kernels::cuda

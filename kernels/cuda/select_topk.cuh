@@ -13,10 +13,10 @@
 //   WriteTopKIds  writes the ids of its range where they belong, with no further exchange: votes on
 //                 32 keys at a time, then one sum over the threads.
 //
-// In one CTA, faster as long as its shared memory holds all keys:
-//   SelectTopKInCta   passes over an interval of keys that begins as [least, greatest], not as all
-//                     u32: keys of one row are close to each other, and 2048 bins over what they
-//                     span part them at once, where the top bits of a float would be the same.
+// In one CTA that has all keys in shared memory: FindTopKInterval passes over an interval of keys
+// that begins as [least, greatest], not as all u32: keys of one row are close to each other, and
+// 2048 bins over what they span part them at once, where the top bits of a float would be the same.
+// ClassifyKeys and WriteTurn then write.
 
 #include <cuda_runtime.h>
 
@@ -154,8 +154,7 @@ __device__ __forceinline__ void ScanTopKBins(TopKBins& shared, uint32_t wanted) 
   __syncthreads();
 }
 
-// ---- spread over CTAs
-// ----------------------------------------------------------------------------
+// ---- spread over CTAs ---------------------------------------------------------------------------
 
 // The key by which a block competes.
 template <typename KeyAt>
@@ -311,29 +310,6 @@ __device__ __forceinline__ void ClassifyKeys(const uint32_t* keys, int count,
   const uint32_t in_range = valid < 32 ? (1u << valid) - 1 : ~0u;
   *above = over & in_range;
   *ties = reached & ~over & in_range;
-}
-
-// Writes the ids of the budget's kept blocks to ids[0, budget.keep). keys[0, budget.blocks) are
-// 16-byte aligned, in shared memory (in global memory for the longest rows), kTopKForcedKey at the
-// forced blocks and up to a whole number of 16 bytes; all other keys are in [least, greatest].
-// REQUIRES budget.ScoresDecide(), ClearTopK, and a barrier after the keys were written.
-template <int kThreads>
-__device__ void SelectTopKInCta(TopKCtaShared& shared, const uint32_t* keys,
-                                const TopKBudget& budget, uint32_t least, uint32_t greatest,
-                                int32_t* ids) {
-  const auto wanted = static_cast<uint32_t>(budget.keep - budget.sink - budget.local);
-  const TopKInterval cut =
-      FindTopKInterval<kThreads>(shared, keys, budget.blocks, {least, greatest, wanted});
-  constexpr int kTurn = kThreads * 32;
-  int above_done = 0, ties_done = 0;
-  for (int base = 0, turn = 0; base < budget.blocks; base += kTurn, turn ^= 1) {
-    const int vectors = (min(budget.blocks - base, kTurn) + kThreads * 4 - 1) / (kThreads * 4);
-    const int begin = base + static_cast<int>(threadIdx.x) * vectors * 4;
-    uint32_t above, ties;
-    ClassifyKeys(keys, budget.blocks, cut, begin, vectors, &above, &ties);
-    WriteTurn<kThreads>(shared.warp_counts[turn], above, ties, begin, static_cast<int>(cut.ties),
-                        &above_done, &ties_done, ids);
-  }
 }
 
 }  // namespace resa::kernels::cuda

@@ -29,6 +29,10 @@ using cuda::StepMemory;
 // one: the first of its kind also makes the workspaces, which a recording cannot.
 constexpr size_t kMaxGraphs = 64;
 constexpr int kStepsBeforeRecording = 2;
+// Rows of the largest step that is recorded. Making a recording takes milliseconds, which a step
+// with a prefill chunk seldom brings in: its counts change from step to step, and its kernels are
+// long.
+constexpr int64_t kMaxRecordedRows = 256;
 constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;
 
 class DeviceBuffer : public Buffer {
@@ -321,7 +325,8 @@ class CudaOps : public Ops {
     results_.Reserve(lists.num_samples);
     DropStaleGraphs();
     in_step_ = true;
-    const bool recordable = lists.may_replay && key.chunk_capacity.passes <= 1;
+    const bool recordable =
+        lists.may_replay && lists.rows <= kMaxRecordedRows && key.chunk_capacity.passes <= 1;
     Graph* const graph = recordable ? FindGraph(key) : nullptr;
     if (graph == nullptr || graph->seen < kStepsBeforeRecording) {
       if (graph != nullptr) ++graph->seen;

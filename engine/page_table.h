@@ -17,6 +17,10 @@ namespace resa::engine {
 
 class PageTable {
  public:
+  PageTable() = default;
+  PageTable(const PageTable&) = delete;  // Two would have one id.
+  PageTable& operator=(const PageTable&) = delete;
+
   // Appending keeps the id.
   void push_back(int32_t page) { pages_.push_back(page); }
   // All else takes a new one.

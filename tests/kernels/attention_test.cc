@@ -359,7 +359,7 @@ TEST_P(AttentionTest, SparseRowsMatchFloat64) {
 // Contexts of many splits: a row on its own, a window of rows, and a row with a tenth of the
 // blocks.
 TEST_P(AttentionTest, LongContextsMatchFloat64) {
-  if (!IsCuda() && !IsStaged()) GTEST_SKIP() << "the staged CPU runs it";
+  if (!RunsLongTests()) GTEST_SKIP() << "another target or build runs it";
   auto ops = MakeOps(2);
   constexpr int kWindow = 32;
   for (const auto& [heads, length] :

@@ -77,6 +77,14 @@ std::string TargetTestName(const ::testing::TestParamInfo<TestTarget>& info) {
   return NameOf(info.param);
 }
 
+bool OpsTest::RunsLongTests() const {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  return IsCuda();
+#else
+  return IsCuda() || IsStaged();
+#endif
+}
+
 OpsTest::OpsTest()
     : seed_(TestSeed()),
       trace_(__FILE__, __LINE__, ::testing::Message() << "RESA_TEST_SEED=" << seed_),

@@ -54,7 +54,8 @@ class OpsTest : public ::testing::TestWithParam<TestTarget> {
   std::unique_ptr<kernels::Ops> MakeOps(int threads) const { return MakeOps({.threads = threads}); }
   std::unique_ptr<kernels::Ops> MakeOps(const TestOpsOptions& options) const;
 
-  // The target that long tests run on beside the GPU: one CPU is enough for them.
+  // Long tests run on the GPU, and beside it one CPU is enough, without a sanitizer.
+  bool RunsLongTests() const;
   bool IsStaged() const { return GetParam().backend == TestTarget::Backend::kStaged; }
   bool IsCuda() const { return GetParam().backend == TestTarget::Backend::kCuda; }
   // How the target's kernels see activations; the tests' vectors are f32 everywhere.

@@ -213,7 +213,6 @@ ChunkPlan PlanChunks(const DenseChunk* chunks, int64_t num_chunks, const ChunkSh
     pass.works = static_cast<int32_t>(plan.work.size()) - pass.work_begin;
     pass.merges = static_cast<int32_t>(plan.merge.size()) - pass.merge_begin;
     plan.partials = std::max(plan.partials, partials);
-    plan.merges = std::max(plan.merges, pass.merges);
     if (pass.works > 0) plan.passes.push_back(pass);
     pass.work_begin = static_cast<int32_t>(plan.work.size());
     pass.merge_begin = static_cast<int32_t>(plan.merge.size());

@@ -65,7 +65,6 @@ struct ChunkPlan {
   std::vector<ChunkMerge> merge;  // Partials count from 0 in each pass.
   std::vector<ChunkPass> passes;
   int32_t partials = 0;  // The most that a pass has.
-  int32_t merges = 0;    // The same.
 };
 
 // What a plan depends on beside the chunks.

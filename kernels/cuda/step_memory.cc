@@ -110,7 +110,7 @@ void StepMemory::MakeLists() {
 }
 
 // How many (split, KV head) items each row has; see DecodePlan.
-DecodePlan StepMemory::PlanOf(const std::vector<SparseRow>& rows, bool sparse, int64_t* capacity) {
+DecodePlan StepMemory::PlanOf(const std::vector<SparseRow>& rows, bool sparse) {
   std::vector<int32_t>& begin = sparse ? sparse_items_ : single_items_;
   begin.assign(1, 0);
   int64_t items = 0;
@@ -122,9 +122,8 @@ DecodePlan StepMemory::PlanOf(const std::vector<SparseRow>& rows, bool sparse, i
     RESA_CHECK_LE(items, INT32_MAX);
     begin.push_back(static_cast<int32_t>(items));
   }
-  *capacity =
-      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(items, 64))));
-  return {nullptr, *capacity};
+  const auto capacity = std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(items, 64)));
+  return {nullptr, static_cast<int64_t>(capacity)};
 }
 
 void StepMemory::GrowBlock(size_t bytes) {
@@ -141,8 +140,8 @@ void StepMemory::GrowBlock(size_t bytes) {
 void StepMemory::Pack(cudaStream_t stream) {
   const auto rows = static_cast<size_t>(lists_.rows);
   const auto samples = static_cast<size_t>(lists_.num_samples);
-  device_.sparse_plan = PlanOf(sparse_rows_, true, &key_.sparse_items);
-  device_.single_plan = PlanOf(single_rows_, false, &key_.dense_items);
+  device_.sparse_plan = PlanOf(sparse_rows_, true);
+  device_.single_plan = PlanOf(single_rows_, false);
   size_t bytes = 2 * Padded(rows * sizeof(int32_t)) + PaddedBytes(places_) + PaddedBytes(writes_) +
                  PaddedBytes(sparse_rows_) + PaddedBytes(single_rows_) + PaddedBytes(chunks_) +
                  PaddedBytes(sparse_items_) + PaddedBytes(single_items_) +

@@ -78,7 +78,7 @@ class StepMemory {
  private:
   void MakeLists();
   void AddWrites(const KvRun& run);
-  DecodePlan PlanOf(const std::vector<SparseRow>& rows, bool sparse, int64_t* items);
+  DecodePlan PlanOf(const std::vector<SparseRow>& rows, bool sparse);
   void Pack(cudaStream_t stream);
   void ReserveTables(cudaStream_t stream);
   void CopyTables(cudaStream_t stream);

@@ -174,8 +174,7 @@ class Consumer {
     for (uint32_t parity = 0;; parity ^= 1) {
       const Piece piece = shared_.piece[turn.slot];
       if (piece.work.key_end == 0) return;
-      __syncwarp();
-      Signal(&shared_.piece_empty[turn.slot]);
+      BarrierArrive(&shared_.piece_empty[turn.slot]);
       turn.Advance();
       Attend(piece.work, piece.head);
       BarrierWait(&shared_.query_full, parity);
@@ -217,8 +216,7 @@ class Consumer {
 
     uint32_t q[kHeadDim / 16][4];
     LoadQueries<kHeadDim>(q, shared_, warpgroup_ * 64 + threadIdx.x % kWarpgroup / 32 * 16);
-    __syncwarp();
-    Signal(&shared_.query_empty);
+    BarrierArrive(&shared_.query_empty);
     WaitForKeys();
     BeginKeys(s, q);
     WgmmaWait<0>();
@@ -290,7 +288,8 @@ class Consumer {
   __device__ __forceinline__ void PassTurn() {
     NamedBarrierArrive(kTurnBarrier + (warpgroup_ ^ 1), kConsumers * kWarpgroup);
   }
-  // One arrival per warp.
+  // One arrival per warp, for what the tensor cores have read. What lanes read themselves, each
+  // gives back itself.
   __device__ __forceinline__ void Signal(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) BarrierArrive(barrier);
   }
@@ -313,10 +312,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     PrefetchTensorMap(&args.k);
     PrefetchTensorMap(&args.v);
     BarrierInit(&shared.query_full, kQueryWarps * 32);
-    BarrierInit(&shared.query_empty, kConsumerWarps);
+    BarrierInit(&shared.query_empty, kConsumerWarps * 32);
     for (int i = 0; i < kPieceSlots; ++i) {
       BarrierInit(&shared.piece_full[i], 1);
-      BarrierInit(&shared.piece_empty[i], kConsumerWarps);
+      BarrierInit(&shared.piece_empty[i], kConsumerWarps * 32);
     }
     for (int i = 0; i < kStages; ++i) {
       BarrierInit(&shared.k_full[i], 1);

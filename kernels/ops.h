@@ -40,6 +40,10 @@ struct OpCounters {
   // Steps that RunStep recorded, and those it replayed from a recording. 0 where nothing records.
   int64_t steps_recorded = 0;
   int64_t steps_replayed = 0;
+  // Linears, replayed ones left out, whose norm and gate were part of the products' one launch.
+  int64_t linears_fused = 0;
+  // Entries of page tables that a step compared with what the device has, or copied there.
+  int64_t page_ids_staged = 0;
 };
 
 // Memory of the backend, freed on destruction. 64-byte aligned, contents undefined.

@@ -171,7 +171,7 @@ class CudaOps : public Ops {
   }
   void DoLinear(const LinearParams& p) override { DoLinears({.products = {&p, 1}}); }
   void DoLinears(const LinearsParams& p) override {
-    if (!replaying_) cuda::Linears(context_, p);
+    if (!replaying_ && cuda::Linears(context_, p)) ++counters_.linears_fused;
   }
   void DoRopeTable(const RopeTableParams& p) override {
     if (replaying_) return;
@@ -321,6 +321,7 @@ class CudaOps : public Ops {
   void DoRunStep(const StepLists& lists, absl::FunctionRef<void()> issue,
                  absl::FunctionRef<void()> meanwhile) override {
     step_.Stage(lists, context_.stream);
+    counters_.page_ids_staged = step_.page_ids_staged();
     const StepKey key = PlanChunks();
     results_.Reserve(lists.num_samples);
     DropStaleGraphs();

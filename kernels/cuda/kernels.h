@@ -79,7 +79,8 @@ void CopyPages(Context& context, const CopyPagesParams& params);
 void QkvPost(Context& context, const QkvPostParams& params, const RowPlace* places,
              const PageWrite* writes, int64_t num_writes);
 
-void Linears(Context& context, const LinearsParams& params);
+// True when norm and gate were part of one launch with the products.
+bool Linears(Context& context, const LinearsParams& params);
 
 void SelectMinMax(Context& context, const SelectParams& params);
 void SelectSketch(Context& context, const SelectParams& params);

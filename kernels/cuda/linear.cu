@@ -180,21 +180,23 @@ void Multiply(Context& context, std::span<const LinearParams> products) {
 
 }  // namespace
 
-void Linears(Context& context, const LinearsParams& params) {
+bool Linears(Context& context, const LinearsParams& params) {
   const int64_t rows = params.products[0].x.rows;
-  if (rows == 0) return;
+  if (rows == 0) return false;
   const bool stream = !context.deterministic && rows <= kMaxStreamRows &&
                       ShareOf(context, params.products) < kMostStreamShare;
-  if (stream && LinearStream(context, params)) return;
+  if (stream && LinearStream(context, params)) return true;
   if (params.norm.weight != nullptr) RmsNorm(context, params.norm);
   if (context.deterministic) {
     MultiplyDeterministic(context, params.products);
   } else {
     Multiply(context, params.products);
   }
-  if (!params.gated) return;
-  const Matrix& gate = params.products[0].out;
-  SiluMul(context, {.gate = gate, .up = params.products[1].out, .out = gate});
+  if (params.gated) {
+    const Matrix& gate = params.products[0].out;
+    SiluMul(context, {.gate = gate, .up = params.products[1].out, .out = gate});
+  }
+  return false;
 }
 
 }  // namespace resa::kernels::cuda

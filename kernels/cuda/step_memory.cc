@@ -231,6 +231,7 @@ void StepMemory::CopyTable(int32_t table, int64_t tokens, cudaStream_t stream) {
   }
   table_pages_[static_cast<size_t>(table)] = std::max(known, used);
   if (used <= known) return;
+  page_ids_staged_ += used - known;
   const int32_t* const from = lists_.tables.pages + table * table_stride_;
   int32_t* const to = host_tables_ + table * table_stride_;
   const auto first = std::mismatch(from + known, from + used, to + known).first - from;

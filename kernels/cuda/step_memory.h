@@ -72,6 +72,8 @@ class StepMemory {
   const StepKey& key() const { return key_; }
   // The chunks of several rows, on the host.
   const std::vector<DenseChunk>& multi_row_chunks() const { return chunks_; }
+  // OpCounters, over all calls.
+  int64_t page_ids_staged() const { return page_ids_staged_; }
   // Grows whenever addresses have changed: recordings of earlier generations are stale.
   int generation() const { return generation_; }
 
@@ -106,6 +108,7 @@ class StepMemory {
   std::vector<int64_t> table_pages_;    // Entries of its tables that the device has.
   int64_t table_entries_ = 0;
   int64_t table_stride_ = 0;
+  int64_t page_ids_staged_ = 0;
   cudaEvent_t copied_ = nullptr;
   int generation_ = 0;
 };

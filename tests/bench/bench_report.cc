@@ -165,7 +165,9 @@ Json JsonOfCounters(const RunResult& r) {
           {"blocks_scored", c.blocks_scored},
           {"descriptor_bytes", c.descriptor_bytes},
           {"steps_recorded", c.steps_recorded},
-          {"steps_replayed", c.steps_replayed}};
+          {"steps_replayed", c.steps_replayed},
+          {"linears_fused", c.linears_fused},
+          {"page_ids_staged", c.page_ids_staged}};
 }
 
 Json JsonOfRun(const RunResult& r) {

@@ -45,6 +45,8 @@ kernels::OpCounters AddScaled(const kernels::OpCounters& a, const kernels::OpCou
   sum.descriptor_bytes += factor * b.descriptor_bytes;
   sum.steps_recorded += factor * b.steps_recorded;
   sum.steps_replayed += factor * b.steps_replayed;
+  sum.linears_fused += factor * b.linears_fused;
+  sum.page_ids_staged += factor * b.page_ids_staged;
   return sum;
 }
 

@@ -445,6 +445,28 @@ TEST_P(DeviceTest, TheDemoModelGivesTheCpusTokens) {
   ExpectAgreement(demo.model, Sketch(8, 3), demo.prompt, 400, {}, GetParam(), "demo, ledger");
 }
 
+// ---- page tables --------------------------------------------------------------------------------
+
+// A step would otherwise look at 16384 entries per sequence of 256K.
+TEST_P(DeviceTest, OfAKnownPageTableOnlyNewEntriesAreLookedAt) {
+  constexpr int kPrompt = 300, kOutput = 60;
+  const LoadedModel model = resa::testing::MakeTinyModel(kCases[2].model, seed());
+  const auto ops = MakeOps(GetParam(), model.config);
+  const Request request = MakeRequest(AttentionMode::kSparse, Prompt(model, kPrompt), kOutput);
+  Machine machine(model, kCases[2].selector, kPrompt + kOutput, 1, ops.get());
+  SequenceDriver driver(request, machine.Pages(0), kCases[2].selector);
+  while (!driver.done()) {
+    SegmentInput segment = driver.Next(128);
+    segment.pages_id = 1;
+    StepOutput output;
+    ASSERT_TRUE(machine.executor()->Execute({{}, {segment}}, &output).ok());
+    driver.Finish(segment.sample.has_value() ? &output.samples[0] : nullptr);
+  }
+  const int64_t pages =
+      (driver.sequence().kv_len + kernels::kPageTokens - 1) / kernels::kPageTokens;
+  EXPECT_EQ(ops->counters().page_ids_staged, GetParam() == Target::kCuda ? pages : 0);
+}
+
 // ---- rectified pages ----------------------------------------------------------------------------
 
 double RelativeDifference(const std::vector<std::byte>& got, const std::vector<std::byte>& want) {

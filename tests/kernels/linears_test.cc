@@ -150,6 +150,19 @@ TEST_P(LinearsTest, MatchesFloat64) {
   }
 }
 
+// A few rows take one launch on a GPU, unless x has a rest of columns.
+TEST_P(LinearsTest, FewRowsAreFusedOnAGpu) {
+  auto ops = MakeOps(2);
+  int64_t fused = 0;
+  for (const Case& c : Cases()) {
+    for (int64_t rows : {1, 3, 8, 9, 40}) {
+      Run(*ops, c, Make(c, rows), rows, false);
+      fused += IsCuda() && rows <= 8 && c.in % 32 == 0 ? 1 : 0;
+      EXPECT_EQ(ops->counters().linears_fused, fused) << Describe(c, rows);
+    }
+  }
+}
+
 // Where activations are f32, and on a GPU in the mode whose rows depend on nothing else.
 TEST_P(LinearsTest, HasTheBitsOfTheOpsOneByOne) {
   auto ops = MakeOps({.threads = 2, .deterministic = true});

@@ -185,6 +185,7 @@ void StagedOps::DoLinears(const kernels::LinearsParams& params) {
   }
   p.products = products;
   inner_->Linears(p);
+  counters_.linears_fused = inner_->counters().linears_fused;
 }
 
 void StagedOps::DoRopeTable(const kernels::RopeTableParams& params) {

@@ -38,18 +38,22 @@ class SampleTest : public OpsTest {
       row.draw_index = static_cast<uint64_t>(Uniform(0, 1 << 20));
       const double u = kernels::PhiloxUniform(row.seed, row.draw_index);
       const SampleResult got = Sample(ops, logits, static_cast<int64_t>(logits.size()), {row})[0];
-      ASSERT_TRUE(got.finite) << what;
-      ASSERT_NEAR(got.logprob, reference.logprobs[static_cast<size_t>(got.token)],
-                  2e-6 * (1 + std::abs(got.logprob)))
-          << what;
-      // Weights are good to 2e-7 each and sums to as much.
-      if (reference.DistanceToBoundary(u) < 2e-6) {
-        ++skipped;
-        continue;
-      }
-      ASSERT_EQ(got.token, reference.Pick(u)) << what << ", u " << u;
+      ASSERT_NO_FATAL_FAILURE(ExpectDraw(reference, got, u, what, &skipped));
     }
     EXPECT_LE(skipped, draws / 2) << what;
+  }
+  static void ExpectDraw(const ReferenceSample& reference, const SampleResult& got, double u,
+                         const std::string& what, int* skipped) {
+    ASSERT_TRUE(got.finite) << what;
+    ASSERT_NEAR(got.logprob, reference.logprobs[static_cast<size_t>(got.token)],
+                2e-6 * (1 + std::abs(got.logprob)))
+        << what;
+    // Weights are good to 2e-7 each and sums to as much.
+    if (reference.DistanceToBoundary(u) < 2e-6) {
+      ++*skipped;
+    } else {
+      ASSERT_EQ(got.token, reference.Pick(u)) << what << ", u " << u;
+    }
   }
 };
 
@@ -102,6 +106,40 @@ TEST_P(SampleTest, BiasAndPenaltiesMatchTheReference) {
   ExpectReference(*ops, logits, row, "penalties and top_p");
   row.temperature = 0;
   ExpectReference(*ops, logits, row, "penalties, greedy", 1);
+}
+
+// In one call, which is what a sanitizer has time for.
+TEST_P(SampleTest, EachRowHasItsOwnFilters) {
+  auto ops = MakeOps(2);
+  constexpr int kVocabulary = 1000;
+  const std::vector<TokenCount> counts = {{.id = 5, .output_count = 2, .in_prompt = true}};
+  const std::vector<TokenBias> bias = {{7, 5.0f}, {8, -kInfinity}};
+  std::vector<SampleRow> rows = {
+      {.top_k = 20},
+      {.top_p = 0.9f},
+      {.min_p = 0.05f},
+      {.temperature = 0.7f, .top_k = 300, .top_p = 0.95f, .min_p = 0.01f},
+      {.frequency_penalty = 0.5f,
+       .counts = counts.data(),
+       .num_counts = 1,
+       .bias = bias.data(),
+       .num_bias = 2},
+      {.temperature = 0}};
+  const std::vector<float> logits = Normal(rows.size() * kVocabulary, 2.0f);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i].row = static_cast<int32_t>(i);
+    rows[i].seed = rng()();
+    rows[i].draw_index = i;
+  }
+  const std::vector<SampleResult> got = Sample(*ops, logits, kVocabulary, rows);
+  int skipped = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto begin = logits.begin() + static_cast<int64_t>(i) * kVocabulary;
+    const ReferenceSample reference = SampleReference({begin, begin + kVocabulary}, rows[i]);
+    const double u = kernels::PhiloxUniform(rows[i].seed, rows[i].draw_index);
+    ASSERT_NO_FATAL_FAILURE(ExpectDraw(reference, got[i], u, "row " + std::to_string(i), &skipped));
+  }
+  EXPECT_LE(skipped, 2);
 }
 
 TEST_P(SampleTest, GreedyTakesTheLowestOfEqualTokens) {

@@ -41,7 +41,7 @@ Engine::Engine(const EngineOptions& options, const Tokenizer* tokenizer, Executo
       pool_(options.num_pages),
       scheduler_(options.scheduler) {
   RESA_CHECK_LE(options.limits.pool_tokens, int64_t{options.num_pages} * kernels::kPageTokens);
-  PublishLoad(/*progress=*/false);
+  PublishLoad();
 }
 
 Engine::~Engine() {
@@ -81,7 +81,9 @@ void Engine::Cancel(RequestId id) { inbox_.PushCancel(id); }
 
 EngineLoad Engine::Load() const {
   absl::MutexLock lock(&load_mutex_);
-  return load_;
+  EngineLoad load = load_;
+  load.waiting += inbox_.unread();
+  return load;
 }
 
 void Engine::StartDraining() { inbox_.Close(); }
@@ -113,29 +115,32 @@ bool Engine::Step() {
   if (sequences_.empty()) {
     Deliver();
     plan_.Clear();
-    PublishLoad(/*progress=*/false);
+    PublishLoad();
     return false;
   }
   const absl::Time start = clock_->Now();
   ++step_count_;
   MakePlan();
   ApplyPlan();
+  PublishLoad();  // Whatever the step may take, or should it never end.
   Execute();
   PostProcess(start);
   Retire();
   if (sequences_.empty()) Deliver();  // There is no next step to wait for.
-  PublishLoad(/*progress=*/true);
+  ++steps_done_;
+  PublishLoad();
   return true;
 }
 
 void Engine::Flush() {
   Deliver();
   Retire();
-  PublishLoad(/*progress=*/false);
+  PublishLoad();
 }
 
 void Engine::ReadMail() {
   inbox_.Take(&mail_);
+  read_since_published_ += static_cast<int32_t>(mail_.requests.size());
   for (std::unique_ptr<Request>& request : mail_.requests) Accept(std::move(request));
   for (RequestId id : mail_.cancels) {
     EndRequest(id, absl::CancelledError("the request was cancelled"));
@@ -153,20 +158,20 @@ void Engine::Accept(std::unique_ptr<Request> request) {
   const Request& accepted = *live.request;
   next_deadline_ = std::min(next_deadline_, accepted.deadline);
   accepted.sink->OnAccepted(static_cast<int32_t>(accepted.prompt.size()), /*cached_tokens=*/0);
-  std::vector<std::unique_ptr<Sequence>> outputs;
-  for (int32_t index = 0; index < accepted.n; ++index) {
-    outputs.push_back(std::make_unique<Sequence>(accepted, index, next_order_++, options_.eos_ids));
-    live.outputs.push_back(outputs.back().get());
-  }
-  for (const auto& output : outputs) {
-    if (!output->done) Begin(output.get());
-  }
-  // The youngest of their priority.
+  auto first = std::make_unique<Sequence>(accepted, 0, next_order_, options_.eos_ids);
+  next_order_ += static_cast<uint64_t>(accepted.n);
+  live.siblings_to_come = accepted.n - 1;
+  live.outputs.push_back(first.get());
+  Begin(first.get());
+  Insert(std::move(first));
+}
+
+// In order of rank.
+void Engine::Insert(std::unique_ptr<Sequence> sequence) {
   const auto place =
-      std::upper_bound(sequences_.begin(), sequences_.end(), outputs.front(),
+      std::upper_bound(sequences_.begin(), sequences_.end(), sequence,
                        [](const auto& a, const auto& b) { return RanksBefore(*a, *b); });
-  sequences_.insert(place, std::make_move_iterator(outputs.begin()),
-                    std::make_move_iterator(outputs.end()));
+  sequences_.insert(place, std::move(sequence));
 }
 
 void Engine::Begin(Sequence* sequence) {
@@ -218,7 +223,7 @@ void Engine::MakePlan() {
     const Sequence& sequence = *sequences_[i];
     if (IsActive(sequence)) {
       --active_left;
-    } else if (sequence.waits_for_sibling || others_left == 0) {
+    } else if (others_left == 0) {
       continue;
     } else {
       --others_left;
@@ -328,15 +333,14 @@ void Engine::PostProcess(absl::Time start) {
     CountWork(sequence, segment.work, &report);
     Advance(sequence, segment.work);
     sequence->last_step = step_count_;
-    if (sequence->index == 0 && sequence->request->n > 1 &&
-        sequence->kv_len >= sequence->prompt_len) {
-      ForkSiblings(*sequence);
-    }
-    if (sample == nullptr) continue;
+    if (sequence->index == 0 && sequence->kv_len >= sequence->prompt_len) ForkSiblings(*sequence);
+    if (sample == nullptr || sequence->done) continue;
     ++report.tokens_emitted;
     TakeToken(sequence, *sample);
   }
   for (int32_t index : plan_.stalled) ++sequences_[index]->attention.stalled_steps;
+  for (std::unique_ptr<Sequence>& sibling : forked_) Insert(std::move(sibling));
+  forked_.clear();
   report.segments = static_cast<int32_t>(plan_.segments.size());
   report.stalled = static_cast<int32_t>(plan_.stalled.size());
   report.preemptions = static_cast<int32_t>(plan_.preempt.size());
@@ -378,18 +382,24 @@ void Engine::CountWork(Sequence* sequence, const Work& work, StepReport* report)
 }
 
 // The first output has the whole prompt in the pool: the others take a share in its pages and run
-// the prompt's last token themselves, which gives each its own logits.
+// the prompt's last token themselves, which gives each its own logits. Before, they are a number.
 void Engine::ForkSiblings(const Sequence& first) {
-  for (Sequence* sequence : live_.at(first.request->id).outputs) {
-    if (!sequence->waits_for_sibling) continue;
-    sequence->waits_for_sibling = false;
-    sequence->kv_len = sequence->prompt_len - 1;
-    sequence->rectified_len = sequence->kv_len;
-    sequence->cached_tokens = sequence->kv_len;
-    const int32_t pages = PagesFor(sequence->kv_len);
-    sequence->pages.Assign(absl::MakeConstSpan(first.pages).first(pages));
-    for (int32_t page : sequence->pages) pool_.AddOwner(PageId{page});
-    if (IsActive(*sequence)) ++active_;
+  const Request& request = *first.request;
+  LiveRequest& live = live_.at(request.id);
+  for (; live.siblings_to_come > 0 && !first.done; --live.siblings_to_come) {
+    const int32_t index = request.n - live.siblings_to_come;
+    auto sibling = std::make_unique<Sequence>(
+        request, index, first.order + static_cast<uint64_t>(index), options_.eos_ids);
+    sibling->kv_len = sibling->prompt_len - 1;
+    sibling->rectified_len = sibling->kv_len;
+    sibling->cached_tokens = sibling->kv_len;
+    const int32_t pages = PagesFor(sibling->kv_len);
+    sibling->pages.Assign(absl::MakeConstSpan(first.pages).first(pages));
+    for (int32_t page : sibling->pages) pool_.AddOwner(PageId{page});
+    if (IsActive(*sibling)) ++active_;
+    live.outputs.push_back(sibling.get());
+    Begin(sibling.get());
+    forked_.push_back(std::move(sibling));
   }
 }
 
@@ -515,14 +525,14 @@ void Engine::Retire() {
   });
 }
 
-void Engine::PublishLoad(bool progress) {
-  totals_.steps = step_count_;
+void Engine::PublishLoad() {
+  totals_.steps = steps_done_;
   totals_.waiting = static_cast<int32_t>(sequences_.size()) - totals_.running;
   totals_.pages_total = pool_.num_pages();
   totals_.pages_used = pool_.num_pages() - pool_.free_pages();
-  if (progress) totals_.last_progress = clock_->Now();
   absl::MutexLock lock(&load_mutex_);
   load_ = totals_;
+  inbox_.MarkRead(std::exchange(read_since_published_, 0));
 }
 
 void Engine::CheckInvariants() const {

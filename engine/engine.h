@@ -51,6 +51,7 @@ class Engine {
   absl::StatusOr<RequestId> Submit(std::unique_ptr<Request> request);
   // Ends the request with CANCELLED within one step. Unknown or finished ids are ignored.
   void Cancel(RequestId id);
+  // As of the last change between steps, and what has been submitted since.
   EngineLoad Load() const;
   // From now on Submit is refused; what is accepted goes on.
   void StartDraining();
@@ -85,6 +86,7 @@ class Engine {
   struct LiveRequest {
     std::unique_ptr<Request> request;
     std::vector<Sequence*> outputs;  // Those that have not ended.
+    int32_t siblings_to_come = 0;    // Outputs that begin when the first has run the prompt.
     bool queued = true;              // Counts as waiting in the inbox.
   };
 
@@ -98,9 +100,10 @@ class Engine {
   void Deliver();
   void PostProcess(absl::Time start);
   void Retire();
-  void PublishLoad(bool progress);
+  void PublishLoad();
 
   void Accept(std::unique_ptr<Request> request);
+  void Insert(std::unique_ptr<Sequence> sequence);
   void Begin(Sequence* sequence);
   void ForkSiblings(const Sequence& first);
   void CountWork(Sequence* sequence, const Work& work, StepReport* report);
@@ -129,6 +132,7 @@ class Engine {
   Scheduler scheduler_;
   absl::flat_hash_map<RequestId, LiveRequest> live_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // By rank.
+  std::vector<std::unique_ptr<Sequence>> forked_;  // In this step; they join sequences_ behind it.
   // A step looks at what runs or owns pages, and at as many others as could be admitted; the rest
   // of a long queue costs it nothing.
   std::vector<const Sequence*> view_;                  // What the scheduler is shown, by rank.
@@ -145,6 +149,8 @@ class Engine {
   int64_t step_count_ = 0;
   uint64_t next_order_ = 0;
   EngineLoad totals_;  // What PublishLoad copies to load_.
+  int64_t steps_done_ = 0;
+  int32_t read_since_published_ = 0;  // Requests.
 
   mutable absl::Mutex load_mutex_;
   EngineLoad load_ ABSL_GUARDED_BY(load_mutex_);

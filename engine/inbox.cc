@@ -17,6 +17,7 @@ absl::Status Inbox::Push(std::unique_ptr<Request> request) {
         absl::StrFormat("%d requests are waiting already; try again later", waiting_));
   }
   ++waiting_;
+  ++unread_;
   mail_.requests.push_back(std::move(request));
   woken_ = true;
   return absl::OkStatus();
@@ -57,6 +58,17 @@ void Inbox::Take(Mail* mail) {
   absl::MutexLock lock(&mutex_);
   std::swap(*mail, mail_);
   woken_ = false;
+}
+
+int32_t Inbox::unread() const {
+  absl::MutexLock lock(&mutex_);
+  return unread_;
+}
+
+void Inbox::MarkRead(int32_t requests) {
+  absl::MutexLock lock(&mutex_);
+  unread_ -= requests;
+  RESA_CHECK_GE(unread_, 0);
 }
 
 void Inbox::Wait(absl::Duration timeout) {

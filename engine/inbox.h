@@ -43,6 +43,9 @@ class Inbox {
   void OneLeftQueue();
   // Moves everything that arrived into `mail`, whose memory is reused.
   void Take(Mail* mail);
+  // Requests that have been pushed and not marked: what the engine's account of its load lacks.
+  int32_t unread() const;
+  void MarkRead(int32_t requests);
   // Blocks until something arrives, Wake() is called or the timeout passes.
   void Wait(absl::Duration timeout);
   void Wake();
@@ -52,6 +55,7 @@ class Inbox {
   mutable absl::Mutex mutex_;
   Mail mail_ ABSL_GUARDED_BY(mutex_);
   int32_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;
+  int32_t unread_ ABSL_GUARDED_BY(mutex_) = 0;
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;
   bool woken_ ABSL_GUARDED_BY(mutex_) = false;
 };

@@ -51,13 +51,14 @@ class EngineObserver {
 // A snapshot for GetLoad and gauges.
 struct EngineLoad {
   int32_t running = 0;  // Sequences that take part in steps.
-  int32_t waiting = 0;  // Accepted, not running yet, or preempted.
+  // Accepted, not running yet, or preempted. A request counts once until its prompt has been run,
+  // then each of its outputs.
+  int32_t waiting = 0;
   int64_t pages_total = 0;
   int64_t pages_used = 0;  // Owned by sequences, shared ones counted once.
-  int64_t steps = 0;       // Since start.
+  int64_t steps = 0;       // That ended since start.
   int64_t tokens_generated = 0;
   int64_t preemptions = 0;
-  absl::Time last_progress = absl::InfinitePast();  // End of the last step that ran a segment.
 };
 
 }  // namespace resa::engine

@@ -1,7 +1,6 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 
 #include "absl/strings/str_format.h"
@@ -70,27 +69,14 @@ void Scheduler::Plan(absl::Span<const Sequence* const> sequences, const KvPool& 
   std::erase_if(plan->stalled, [&](int32_t index) { return claims_[index].preempted; });
 }
 
-// The length from which sequences decode sparsely in this step.
-int32_t Scheduler::SparseFrom() const {
-  if (limits_.sparse_step_tokens == 0) return limits_.sparse_from;
-  int64_t tokens = 0;
-  for (const Sequence* sequence : sequences_) {
-    if (!sequence->running || sequence->prefilling()) continue;
-    const Work work = NextWork(*sequence, limits_.selector, limits_.sparse_from);
-    if (work.sparse.has_value()) tokens += work.end - limits_.sparse_from;
-  }
-  return tokens >= limits_.sparse_step_tokens ? limits_.sparse_from
-                                              : std::numeric_limits<int32_t>::max();
-}
-
 void Scheduler::ClaimDecodeRows(StepPlan* plan) {
-  const int32_t sparse_from = SparseFrom();
   due_.clear();
   bool prompts_wait = false;
+  int64_t sparse_tokens = 0;  // Beyond sparse_from.
   for (int32_t index : rank_) {
     const Sequence& sequence = *sequences_[index];
     if (!sequence.running) {
-      prompts_wait |= !sequence.waits_for_sibling;
+      prompts_wait = true;
       continue;
     }
     ++running_;
@@ -99,7 +85,8 @@ void Scheduler::ClaimDecodeRows(StepPlan* plan) {
       continue;
     }
     Claim& claim = claims_[index];
-    claim.work = NextWork(sequence, limits_.selector, sparse_from);
+    claim.work = NextWork(sequence, limits_.selector, limits_.sparse_from);
+    if (claim.work.sparse.has_value()) sparse_tokens += claim.work.end - limits_.sparse_from;
     --rows_left_;
     if (claim.work.kind == SegmentKind::kRectification) {
       due_.push_back(index);
@@ -108,6 +95,9 @@ void Scheduler::ClaimDecodeRows(StepPlan* plan) {
     }
   }
   RESA_CHECK_GE(rows_left_, 0);
+  if (sparse_tokens < limits_.sparse_step_tokens) {
+    for (Claim& claim : claims_) claim.work.sparse.reset();
+  }
 
   std::sort(due_.begin(), due_.end(), [&](int32_t a, int32_t b) {
     const Sequence& first = *sequences_[a];
@@ -165,7 +155,7 @@ void Scheduler::Admit(StepPlan* plan) {
   }
   for (int32_t index : rank_) {
     const Sequence& sequence = *sequences_[index];
-    if (sequence.running || sequence.waits_for_sibling || claims_[index].preempted) continue;
+    if (sequence.running || claims_[index].preempted) continue;
     if (running_ >= limits_.max_sequences || rows_left_ == 0) return;
     // With nothing running, only outputs that wait with their prompt's pages can be in the way.
     if (running_ == 0 && !MakeRoom(index, sequence.kv_len, sequence.size() + 1, plan)) return;

@@ -70,7 +70,6 @@ class Scheduler {
     int32_t granted_pages = 0;
   };
 
-  int32_t SparseFrom() const;
   void ClaimDecodeRows(StepPlan* plan);
   void ClaimPrefillRows();
   void GrantPages(StepPlan* plan);

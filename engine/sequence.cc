@@ -14,7 +14,6 @@ Sequence::Sequence(const Request& request, int32_t index, uint64_t order,
       tokens(request.prompt),
       prompt_len(static_cast<int32_t>(request.prompt.size())),
       dense_target(prompt_len),
-      waits_for_sibling(index > 0),
       sampler(request, index, eos_ids) {}
 
 Work NextWork(const Sequence& sequence, const kernels::SelectorSpec& selector,

@@ -50,10 +50,9 @@ struct Sequence {
   // Tokens below are prefilled densely: the prompt, and after a preemption all that was exact.
   int32_t dense_target = 0;
 
-  bool running = false;            // Takes part in steps; else it waits its turn.
-  bool waits_for_sibling = false;  // Its prompt is being prefilled by the request's first output.
-  bool done = false;               // Owns nothing any more; forgotten with the step.
-  int64_t last_step = 0;           // The last step that ran a segment of it (or made it).
+  bool running = false;   // Takes part in steps; else it waits its turn.
+  bool done = false;      // Owns nothing any more; forgotten with the step.
+  int64_t last_step = 0;  // The last step that ran a segment of it (or made it).
 
   SamplerState sampler;
   std::unique_ptr<Detokenizer> detokenizer;  // Null without a tokenizer.

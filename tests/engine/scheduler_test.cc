@@ -257,15 +257,6 @@ TEST_F(SchedulerTest, AdmissionLeavesTheRunningTheirNextPages) {
   EXPECT_THAT(plan_.admit, ElementsAre(1));
 }
 
-TEST_F(SchedulerTest, OutputThatWaitsForItsSiblingIsNotAdmittedAndDoesNotBlock) {
-  SequenceSet set(100);
-  Sequence* sibling = set.Add(Prompt(20, /*running=*/false));
-  sibling->waits_for_sibling = true;
-  set.Add(Prompt(20, /*running=*/false));
-  Plan(set);
-  EXPECT_THAT(plan_.admit, ElementsAre(1));
-}
-
 // ---- pages ----
 
 TEST_F(SchedulerTest, DryPoolTakesFromTheLowestRank) {

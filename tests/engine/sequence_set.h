@@ -57,7 +57,6 @@ class SequenceSet {
   Sequence* AddSibling(Sequence* first) {
     Request& request = const_cast<Request&>(*first->request);
     Sequence* sequence = Append(request, request.n++);
-    sequence->waits_for_sibling = false;
     sequence->kv_len = sequence->rectified_len = sequence->prompt_len - 1;
     for (int32_t i = 0; i < PagesFor(sequence->kv_len); ++i) {
       sequence->pages.push_back(first->pages[i]);

@@ -47,16 +47,12 @@ class SequenceTest : public ::testing::Test {
 TEST_F(SequenceTest, BeginsWithItsPrompt) {
   Request request;
   request.prompt = {7, 8, 9};
-  request.n = 2;
   const Sequence first(request, 0, 10, {});
   EXPECT_THAT(first.tokens, ::testing::ElementsAre(7, 8, 9));
   EXPECT_EQ(first.prompt_len, 3);
   EXPECT_EQ(first.output_len(), 0);
   EXPECT_TRUE(first.prefilling());
   EXPECT_FALSE(first.running);
-  EXPECT_FALSE(first.waits_for_sibling);
-  const Sequence second(request, 1, 11, {});
-  EXPECT_TRUE(second.waits_for_sibling);
 }
 
 TEST_F(SequenceTest, PrefillsWhatIsLeftOfThePromptDenselyAndThenEmits) {

@@ -171,7 +171,7 @@ void Checker::CheckAdmissions(const StepPlan& plan) {
   for (int32_t index : plan.admit) {
     const Sequence& admitted = *engine_.sequences()[index];
     for (const auto& waiting : engine_.sequences()) {
-      if (waiting->running || waiting->waits_for_sibling || !Outranks(*waiting, admitted)) continue;
+      if (waiting->running || !Outranks(*waiting, admitted)) continue;
       stage_->Fail("overtaken: ", NameOf(*waiting), " by ", NameOf(admitted));
     }
   }
@@ -346,10 +346,14 @@ void Checker::CheckPreemptions() {
   if (!for_somebody) stage_->Fail("preempted for nobody: ", NameOf(*highest_victim));
 }
 
-// The engine has exactly the outputs that have not ended, and its load says so.
+// The engine has exactly the outputs that have not ended, of a prompt that has not been run the
+// first alone, and its load says so.
 void Checker::CheckCounts(const std::vector<std::shared_ptr<Witness>>& live) {
   int64_t outputs = 0;
   for (const auto& witness : live) outputs += witness->outputs_left();
+  for (const auto& sequence : engine_.sequences()) {
+    if (sequence->index == 0 && sequence->output_len() == 0) outputs -= sequence->request->n - 1;
+  }
   const auto sequences = static_cast<int64_t>(engine_.sequences().size());
   if (outputs != sequences) {
     stage_->Fail("lost output: ", sequences, " sequences for ", outputs, " outputs");

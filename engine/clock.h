@@ -3,6 +3,8 @@
 
 // The engine's only source of time, so that the simulation can hold it in its hand.
 
+#include <chrono>
+
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 
@@ -12,12 +14,19 @@ namespace resa::engine {
 class Clock {
  public:
   virtual ~Clock() = default;
-  virtual absl::Time Now() = 0;
+  virtual absl::Time Now() = 0;  // Never goes back.
 };
 
+// The time of day when it was made, and what has passed since: nobody sets it.
 class RealClock final : public Clock {
  public:
-  absl::Time Now() override { return absl::Now(); }
+  absl::Time Now() override {
+    return start_ + absl::FromChrono(std::chrono::steady_clock::now() - begin_);
+  }
+
+ private:
+  const absl::Time start_ = absl::Now();
+  const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
 // Advances only when told to. Thread-compatible.

@@ -145,7 +145,6 @@ absl::Status ValidateModelConfig(const ModelConfig& config, absl::string_view wh
   };
   for (int32_t id : config.eos_ids) RESA_RETURN_IF_ERROR(check_id("eos_token_id", id));
   if (config.bos_id) RESA_RETURN_IF_ERROR(check_id("bos_token_id", *config.bos_id));
-  if (config.pad_id) RESA_RETURN_IF_ERROR(check_id("pad_token_id", *config.pad_id));
   return ValidateRope(config, where);
 }
 

@@ -37,16 +37,6 @@ struct RopeScaling {
   std::vector<float> divisors;        // kDivisors: [head_dim / 2], each > 0
 };
 
-// Sampling defaults of generation_config.json; unset where the file says nothing.
-struct GenerationDefaults {
-  std::optional<bool> do_sample;
-  std::optional<float> temperature;
-  std::optional<int32_t> top_k;
-  std::optional<float> top_p;
-  std::optional<float> min_p;
-  std::optional<float> repetition_penalty;
-};
-
 struct ModelConfig {
   std::string architecture;  // "Qwen2ForCausalLM", "Qwen3...", "Llama...", "Mistral..."
   std::string model_type;    // "qwen2", "qwen3", "llama", "mistral"
@@ -72,8 +62,6 @@ struct ModelConfig {
 
   std::vector<int32_t> eos_ids;  // Each in [0, vocab_size); any of them ends a generation.
   std::optional<int32_t> bos_id;
-  std::optional<int32_t> pad_id;
-  GenerationDefaults generation;
 
   int GroupSize() const { return num_heads / num_kv_heads; }
   int64_t QDim() const { return int64_t{num_heads} * head_dim; }

@@ -160,7 +160,6 @@ absl::Status ReadTokenIds(const GgufFile& gguf, ModelConfig& config) {
     }
   }
   RESA_ASSIGN_OR_RETURN(config.bos_id, gguf.Int("tokenizer.ggml.bos_token_id", 0, kIntMax));
-  RESA_ASSIGN_OR_RETURN(config.pad_id, gguf.Int("tokenizer.ggml.padding_token_id", 0, kIntMax));
   return absl::OkStatus();
 }
 

@@ -271,25 +271,8 @@ absl::Status ReadTokenIds(const JsonFields& fields, ModelConfig& config) {
     config.eos_ids = std::move(ids);
   }
   // Old configs write -1 for "none".
-  const auto read = [&](const char* key, std::optional<int32_t>& into) -> absl::Status {
-    RESA_ASSIGN_OR_RETURN(const auto id, fields.Int(key, -1, kIntMax));
-    if (id && *id >= 0) into = static_cast<int32_t>(*id);
-    return absl::OkStatus();
-  };
-  RESA_RETURN_IF_ERROR(read("bos_token_id", config.bos_id));
-  return read("pad_token_id", config.pad_id);
-}
-
-absl::Status ReadGeneration(const JsonFields& fields, ModelConfig& config) {
-  RESA_RETURN_IF_ERROR(ReadTokenIds(fields, config));
-  GenerationDefaults& defaults = config.generation;
-  RESA_ASSIGN_OR_RETURN(defaults.do_sample, fields.Bool("do_sample"));
-  RESA_ASSIGN_OR_RETURN(defaults.temperature, fields.Number("temperature", 0, 100));
-  RESA_ASSIGN_OR_RETURN(defaults.top_k, fields.Int("top_k", 0, kIntMax));
-  RESA_ASSIGN_OR_RETURN(defaults.top_p, fields.Number("top_p", 0, 1));
-  RESA_ASSIGN_OR_RETURN(defaults.min_p, fields.Number("min_p", 0, 1));
-  RESA_ASSIGN_OR_RETURN(defaults.repetition_penalty,
-                        fields.Number("repetition_penalty", 1e-3, 1e3));
+  RESA_ASSIGN_OR_RETURN(const auto bos, fields.Int("bos_token_id", -1, kIntMax));
+  if (bos && *bos >= 0) config.bos_id = static_cast<int32_t>(*bos);
   return absl::OkStatus();
 }
 
@@ -320,8 +303,9 @@ absl::StatusOr<ModelConfig> ModelConfigFromJson(absl::string_view text, absl::st
   RESA_RETURN_IF_ERROR(ReadTokenIds(fields, config));
   if (!generation_text.empty()) {
     RESA_ASSIGN_OR_RETURN(const json generation, ParseObject(generation_text, generation_file));
+    // Its sampling defaults are not taken: a request's are those of the API, whatever the model.
     RESA_RETURN_IF_ERROR(
-        ReadGeneration(JsonFields(generation, std::string(generation_file)), config));
+        ReadTokenIds(JsonFields(generation, std::string(generation_file)), config));
   }
   RESA_RETURN_IF_ERROR(ValidateModelConfig(config, file));
   return config;

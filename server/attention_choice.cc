@@ -20,7 +20,13 @@ void Describe(const kernels::Ceilings& ceilings, const engine::AttentionForecast
   out->set_rectification_seconds(forecast.rectification_seconds);
 }
 
-std::string ModeReason(engine::AttentionMode mode, const engine::AttentionForecast& forecast) {
+std::string ModeReason(engine::AttentionMode mode, bool on_gpu,
+                       const engine::AttentionForecast& forecast) {
+  if (on_gpu) {
+    return absl::StrFormat(
+        "mode %s, since matrix units do its arithmetic beside the reading of memory",
+        engine::NameOf(mode));
+  }
   const double share = forecast.rectification_seconds / forecast.dense_seconds;
   return absl::StrFormat(
       "mode %s, since at %d tokens rectification adds %.0f%% of a dense step's %.3g ms to every "
@@ -65,10 +71,9 @@ AttentionChoice ChooseAttention(const AttentionOptions& options, const Attention
       absl::StrFormat("at %.3g GB/s and %.3g GFLOP/s: ", 1e-9 * ceilings.read_bytes_per_s,
                       1e-9 * ceilings.flops_per_s);
   if (options.auto_mode) {
-    // Matrix units do the arithmetic of rectification beside the reading of memory.
     choice.default_policy.mode =
         device.on_gpu ? engine::AttentionMode::kRectified : engine::ModeFor(forecast);
-    absl::StrAppend(&reason, ModeReason(choice.default_policy.mode, forecast));
+    absl::StrAppend(&reason, ModeReason(choice.default_policy.mode, device.on_gpu, forecast));
   }
   if (!options.sparse_from.has_value()) {
     if (device.deterministic) {

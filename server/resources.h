@@ -16,8 +16,8 @@ namespace resa::server {
 // /proc/meminfo cannot be read. `root` is where /proc and /sys are, for tests.
 absl::StatusOr<int64_t> MemoryAvailable(const std::string& root = "");
 
-// Share of the available memory, less what activations and copied weights take, that the KV pool
-// takes unless told otherwise. The rest is for requests and the page cache that holds the weights.
+// Share of the available memory, less what activations and weights take, that the KV pool takes
+// unless told otherwise. The rest is for requests and everybody else.
 inline constexpr double kDefaultPoolShare = 0.6;
 // The same on a GPU, which nobody else shares: the rest is for the kernels' workspaces.
 inline constexpr double kDevicePoolShare = 0.95;
@@ -26,7 +26,9 @@ struct PoolDemand {
   int32_t max_context = 0;
   int32_t max_sequences = 0;
   int64_t activation_bytes = 0;  // What a step's workspace takes beside the pool.
-  int64_t weight_bytes = 0;      // What will be copied to a device; 0 where weights stay.
+  // What will be copied to a device; on the CPU what is mapped, which counts as available but is
+  // read in every step.
+  int64_t weight_bytes = 0;
   double share = kDefaultPoolShare;
 };
 

@@ -117,10 +117,10 @@ absl::Status ServingStack::LoadModelFiles(const Config& config, spdlog::logger* 
   return absl::OkStatus();
 }
 
-absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t max_context) const {
+absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t max_context,
+                                                spdlog::logger* logger) const {
   const kernels::KvLayout page =
       engine::LayoutFor(loaded_.config, config.pool.selector, config.pool.kv_dtype, 1);
-  if (config.pool.bytes.has_value()) return PoolPagesFor(page, *config.pool.bytes);
   const engine::BatchLimits batch = BatchLimitsFor(config, engine::PagesFor(max_context));
   PoolDemand demand;
   demand.max_context = max_context;
@@ -136,14 +136,23 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
         static_cast<int64_t>(loaded_.weights.mapped_bytes + loaded_.weights.converted_bytes);
   } else {
     RESA_ASSIGN_OR_RETURN(available, MemoryAvailable());
+    demand.weight_bytes = static_cast<int64_t>(loaded_.weights.mapped_bytes);
   }
-  return DefaultPoolPages(page, demand, available);
+  if (!config.pool.bytes.has_value()) return DefaultPoolPages(page, demand, available);
+  const int64_t left = available - demand.activation_bytes - demand.weight_bytes;
+  if (*config.pool.bytes > left) {
+    logger->warn(
+        "--pool-memory: {} is more than the {} that weights and activations leave: a full "
+        "pool will push out weights, or have this process killed",
+        FormatBytes(*config.pool.bytes), FormatBytes(std::max<int64_t>(0, left)));
+  }
+  return PoolPagesFor(page, *config.pool.bytes);
 }
 
 absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* logger) {
   const ModelConfig& model = loaded_.config;
   RESA_ASSIGN_OR_RETURN(const int32_t max_context, MaxContext(config, model));
-  RESA_ASSIGN_OR_RETURN(const int64_t pages, PoolPages(config, max_context));
+  RESA_ASSIGN_OR_RETURN(const int64_t pages, PoolPages(config, max_context, logger));
   const kernels::KvLayout layout =
       engine::LayoutFor(model, config.pool.selector, config.pool.kv_dtype, pages);
   const bool on_gpu = ops_->DeviceMemoryFree().has_value();

@@ -48,7 +48,8 @@ class ServingStack {
 
   absl::Status LoadModelFiles(const Config& config, spdlog::logger* logger);
   absl::Status CreateEngine(const Config& config, spdlog::logger* logger);
-  absl::StatusOr<int64_t> PoolPages(const Config& config, int32_t max_context) const;
+  absl::StatusOr<int64_t> PoolPages(const Config& config, int32_t max_context,
+                                    spdlog::logger* logger) const;
   void Describe(const Config& config, const kernels::KvLayout& layout,
                 const AttentionChoice& attention);
   void LogLimits(const Config& config, const kernels::KvLayout& layout,

@@ -123,6 +123,10 @@ TEST_F(AttentionChoiceTest, OnAGpuAStepsTokensDecide) {
   EXPECT_EQ(choice.sparse_step_tokens, expected.step_tokens);
   EXPECT_GT(choice.sparse_step_tokens, 0);
   EXPECT_THAT(choice.description.reason(), HasSubstr("tokens beyond the 4096th"));
+  // Whatever the forecast says of the mode.
+  const AttentionChoice slow = Choose(kSlowArithmetic);
+  EXPECT_EQ(slow.default_policy.mode, engine::AttentionMode::kRectified);
+  EXPECT_THAT(slow.description.reason(), HasSubstr("mode rectified, since matrix units"));
   // Where the result may not depend on the batch, neither may the path.
   device_.deterministic = true;
   EXPECT_EQ(Choose(kMatrixUnits).sparse_step_tokens, 0);

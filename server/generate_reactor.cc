@@ -17,6 +17,9 @@
 namespace resa::server {
 namespace {
 
+// What a reader that has fallen too far behind gets to take the message under way and the status.
+constexpr std::chrono::seconds kReadGrace(10);
+
 uint64_t RandomSeed() {
   thread_local std::random_device device;
   return (uint64_t{device()} << 32) | device();
@@ -101,6 +104,15 @@ void GenerateReactor::Finish(const absl::Status& status) {
   status_ = status;
   ServerWriteReactor::Finish(ToGrpcStatus(status));
 }
+
+void GenerateReactor::StartGrace() {
+  // The writer, not this, is kept alive for the alarm: it knows whether the call has ended.
+  grace_.Set(std::chrono::system_clock::now() + kReadGrace, [writer = writer_](bool expired) {
+    if (expired) writer->OnGraceOver();
+  });
+}
+
+void GenerateReactor::Abandon() { context_->TryCancel(); }
 
 void GenerateReactor::OnWriteDone(bool ok) {
   if (!ok) engine_->Cancel(id_);

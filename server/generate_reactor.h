@@ -8,6 +8,7 @@
 
 #include "absl/time/time.h"
 #include "engine/engine.h"
+#include "grpcpp/alarm.h"
 #include "resa/v1/inference.grpc.pb.h"
 #include "server/served_model.h"
 #include "server/stream_writer.h"
@@ -43,6 +44,8 @@ class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::Generate
                                            const ServedModel& model);
   void StartWrite(const resa::v1::GenerateResponse& response) override;
   void Finish(const absl::Status& status) override;
+  void StartGrace() override;
+  void Abandon() override;
   void Log();
 
   grpc::CallbackServerContext* const context_;
@@ -55,6 +58,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::Generate
   engine::Engine* engine_ = nullptr;
   engine::RequestId id_;
   std::shared_ptr<StreamWriter> writer_;  // Null when refused before it was made.
+  grpc::Alarm grace_;                     // Set by StartGrace.
   // Set by Finish, read by OnDone.
   absl::Status status_;
 };

@@ -104,8 +104,10 @@ bool StreamWriter::OnDelta(const engine::Delta& delta) {
     absl::MutexLock lock(&mutex_);
     if (broken_) return true;  // The cancellation is on its way.
     if (waiting_bytes_ > options_.max_waiting_bytes) {
-      // What waits can't be read in time anyway; the memory is needed more.
+      // What waits can't be read in time anyway; the memory is needed more. Something waits only
+      // behind a write, and flow control may keep that one for as long as the connection lives.
       Break();
+      transport_->StartGrace();
       return false;
     }
     if (options_.keep_text) summary_.texts[delta.index] += delta.text;
@@ -211,6 +213,12 @@ void StreamWriter::OnWriteDone(bool ok) {
     call = NextCall();
   }
   Make(call);
+}
+
+void StreamWriter::OnGraceOver() {
+  absl::MutexLock lock(&mutex_);
+  // Under the lock: before Finish is called the transport is there.
+  if (transport_ != nullptr) transport_->Abandon();
 }
 
 void StreamWriter::Break() {

@@ -3,7 +3,8 @@
 
 // Between the engine, which hands out tokens without ever waiting, and a stream that takes one
 // message at a time. While a write is outstanding, further deltas of the same output join into one
-// message; what waits is bounded, and a reader that falls behind the bound loses its request.
+// message; what waits is bounded, and a reader that falls behind the bound loses its request, and a
+// while later its stream.
 
 #include <cstddef>
 #include <cstdint>
@@ -20,7 +21,7 @@
 
 namespace resa::server {
 
-// What is below: one stream of one call. Both methods return without waiting and without calling
+// What is below: one stream of one call. All methods return without waiting and without calling
 // back into the StreamWriter on the same thread.
 class StreamTransport {
  public:
@@ -29,6 +30,11 @@ class StreamTransport {
   virtual void StartWrite(const resa::v1::GenerateResponse& response) = 0;
   // The last call. The transport may be gone when it returns.
   virtual void Finish(const absl::Status& status) = 0;
+  // The reader has lost its request while a write is under way. Calls StreamWriter::OnGraceOver
+  // when it has had its time to take that one and to hear why; once at most.
+  virtual void StartGrace() = 0;
+  // Breaks the stream, so that OnWriteDone(false) comes for a write that nobody takes.
+  virtual void Abandon() = 0;
 };
 
 // How a call ended, for the log.
@@ -67,6 +73,8 @@ class StreamWriter final : public engine::OutputSink {
   // The write that StartWrite began is over; `ok` false: the stream is broken, nothing more will be
   // written, and Finish follows when the engine ends the request.
   void OnWriteDone(bool ok);
+  // The time that StartGrace gave is over.
+  void OnGraceOver();
 
   StreamSummary Summary() const;
 

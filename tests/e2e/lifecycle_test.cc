@@ -181,29 +181,11 @@ TEST(SlowReaderTest, ItsTokensJoinAndOthersAreNotHeldUp) {
   }
 }
 
-TEST(SlowReaderTest, OneThatNeverReadsLosesItsRequest) {
-  TestServer server({.flags = {"--pool-memory=64MiB"}});
-  constexpr int kTokens = 700;
-  GenerateRequest request = RequestFor("stuck", kTokens);
-  request.mutable_output()->set_logprobs(true);
-  request.mutable_output()->set_top_logprobs(20);
-  request.set_n(32);
-  const auto slow_stub = SlowStub(server);
-  grpc::ClientContext context;
-  const auto stream = slow_stub->Generate(&context, request);
-  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() > 0; }));
-  // 32 outputs of 342 bytes a token fill 4 MiB after 383 tokens each.
-  ASSERT_TRUE(server.WaitForLoad(
-      [](const auto& load) { return load.running() == 0 && load.pages_used() == 0; },
-      absl::Seconds(50)));
-  EXPECT_LT(server.Load().tokens_generated(), 32 * kTokens);
-  const Generation result = ReadToEnd(stream.get());
-  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
-}
-
-// The log's line about the end of a request, which may come a moment after the client has its end.
-std::string LogLineOf(const TestServer& server, const std::string& request_id) {
-  const absl::Time give_up = absl::Now() + absl::Seconds(10);
+// The log's line about the end of a request, which may come a moment after the client has its end;
+// "" when it does not come.
+std::string LogLineOf(const TestServer& server, const std::string& request_id,
+                      absl::Duration patience = absl::Seconds(10)) {
+  const absl::Time give_up = absl::Now() + patience;
   while (absl::Now() < give_up) {
     for (const std::string& line : server.LogLines()) {
       if (line.find("request " + request_id) != std::string::npos) return line;
@@ -211,6 +193,37 @@ std::string LogLineOf(const TestServer& server, const std::string& request_id) {
     absl::SleepFor(absl::Milliseconds(2));
   }
   return "";
+}
+
+TEST(SlowReaderTest, OneThatNeverReadsLosesItsRequestThenItsStream) {
+  TestServer server({.flags = {"--pool-memory=64MiB"}});
+  constexpr int kTokens = 700;
+  GenerateRequest request = RequestFor("stuck", kTokens);
+  request.mutable_output()->set_logprobs(true);
+  request.mutable_output()->set_top_logprobs(20);
+  request.set_n(32);
+  for (const bool reads_on : {true, false}) {
+    SCOPED_TRACE(reads_on);
+    const std::string name = reads_on ? "late" : "stuck";
+    request.set_request_id(name);
+    const int64_t before = server.Load().tokens_generated();
+    const auto slow_stub = SlowStub(server);
+    grpc::ClientContext context;
+    const auto stream = slow_stub->Generate(&context, request);
+    ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() > 0; }));
+    // 32 outputs of 342 bytes a token fill 4 MiB after 383 tokens each.
+    ASSERT_TRUE(server.WaitForLoad(
+        [](const auto& load) { return load.running() == 0 && load.pages_used() == 0; },
+        absl::Seconds(50)));
+    EXPECT_LT(server.Load().tokens_generated() - before, 32 * kTokens);
+    EXPECT_EQ(LogLineOf(server, name, absl::Milliseconds(100)), "") << "ended while it may read on";
+    if (!reads_on) {
+      EXPECT_THAT(LogLineOf(server, name, absl::Seconds(30)), HasSubstr("reads too slowly"));
+    }
+    const Generation result = ReadToEnd(stream.get());
+    EXPECT_EQ(result.status.error_code(),
+              reads_on ? grpc::StatusCode::RESOURCE_EXHAUSTED : grpc::StatusCode::CANCELLED);
+  }
 }
 
 TEST(LogTest, ARequestsLineCarriesItsNameAndTrace) {

@@ -16,6 +16,8 @@ class IdleTransport final : public StreamTransport {
     bytes += response.ByteSizeLong();
   }
   void Finish(const absl::Status&) override {}
+  void StartGrace() override {}
+  void Abandon() override {}
 
   size_t bytes = 0;
 };

@@ -24,8 +24,15 @@ class FakeTransport final : public StreamTransport {
     EXPECT_FALSE(status.has_value()) << "ended twice";
     status = end;
   }
+  void StartGrace() override { ++graces; }
+  void Abandon() override {
+    EXPECT_FALSE(status.has_value()) << "abandoned after the end";
+    ++abandoned;
+  }
 
   bool writing = false;
+  int graces = 0;
+  int abandoned = 0;
   std::vector<GenerateResponse> written;
   std::optional<absl::Status> status;
 };
@@ -157,6 +164,25 @@ TEST_F(StreamWriterTest, AReaderThatFallsBehindTheBoundIsRefused) {
   WriteDone();
   EXPECT_TRUE(absl::IsResourceExhausted(*transport_.status));
   EXPECT_EQ(transport_.written.size(), 1u);  // What waited was dropped.
+  // It read on in time.
+  EXPECT_EQ(transport_.graces, 1);
+  writer_->OnGraceOver();
+  EXPECT_EQ(transport_.abandoned, 0);
+}
+
+TEST_F(StreamWriterTest, ARefusedReaderThatDoesNotReadOnLosesItsStream) {
+  Start({.max_waiting_bytes = 1000});
+  writer_->OnAccepted(1, 0);
+  while (writer_->OnDelta(TextDelta(std::string(100, 'x')))) {
+    EXPECT_EQ(transport_.graces, 0);
+  }
+  EXPECT_EQ(transport_.graces, 1);
+  writer_->OnError(absl::ResourceExhaustedError("too slow"));
+  writer_->OnGraceOver();
+  EXPECT_EQ(transport_.abandoned, 1);
+  EXPECT_EQ(transport_.status, std::nullopt);
+  WriteDone(/*ok=*/false);
+  EXPECT_TRUE(absl::IsResourceExhausted(*transport_.status));
 }
 
 TEST_F(StreamWriterTest, WhatIsReadMakesRoom) {
@@ -290,6 +316,8 @@ TEST(StreamWriterThreadsTest, KeepsEveryByteBetweenTwoThreads) {
       absl::MutexLock lock(&mutex);
       finished = true;
     }
+    void StartGrace() override { FAIL() << "the reader keeps up"; }
+    void Abandon() override { FAIL() << "the reader keeps up"; }
     absl::Mutex mutex;
     bool outstanding = false;
     bool finished = false;

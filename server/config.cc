@@ -185,7 +185,8 @@ absl::StatusOr<ListenOptions> ResolveListen(const ServerConfig& settings) {
       return Invalid("--http-listen: ", listen.http_address, " is also --listen; use two ports");
     }
   }
-  const std::string drain = settings.has_drain_timeout() ? settings.drain_timeout() : "30s";
+  // Kubernetes kills what has not ended after 30s; aborted streams need a moment to say so.
+  const std::string drain = settings.has_drain_timeout() ? settings.drain_timeout() : "25s";
   const absl::StatusOr<absl::Duration> timeout = ParseDuration(drain);
   if (!timeout.ok()) return Invalid("--drain-timeout: ", timeout.status().message());
   listen.drain_timeout = *timeout;

@@ -21,6 +21,8 @@ namespace {
 // What the last messages of aborted streams get to leave.
 constexpr absl::Duration kFlushTime = absl::Seconds(2);
 constexpr absl::Duration kDrainPoll = absl::Milliseconds(10);
+// What calls of other kinds get to end: health checks, but also watches, which never do.
+constexpr absl::Duration kCloseTime = absl::Milliseconds(100);
 
 }  // namespace
 
@@ -133,27 +135,27 @@ void Daemon::Drain() {
 void Daemon::Shutdown(absl::Duration timeout) {
   if (listeners_ == nullptr || listeners_->server == nullptr || listeners_->drained) return;
   listeners_->drained = true;
-  const absl::Time deadline = absl::Now() + timeout;
   // First the engine: who has seen NOT_SERVING gets no request in any more.
   if (stack_ != nullptr) stack_->engine()->StartDraining();
   if (listeners_->health != nullptr) listeners_->health->StartDraining();
-  if (stack_ != nullptr) {
-    engine::Engine* const engine = stack_->engine();
-    // The port stays open meanwhile, so that new calls get their UNAVAILABLE.
-    engine::EngineLoad load;
-    do {
-      absl::SleepFor(kDrainPoll);
-      load = engine->Load();
-    } while (load.running + load.waiting > 0 && absl::Now() < deadline);
-    engine->AbortAll();
+  // The port stays open meanwhile, so that new calls get their UNAVAILABLE.
+  if (!WaitForCalls(absl::Now() + timeout) && stack_ != nullptr) {
+    stack_->engine()->AbortAll();
+    WaitForCalls(absl::Now() + std::min(kFlushTime, timeout));
   }
-  // Streams whose last messages are still on their way get until the deadline; then calls are cut.
-  const absl::Time cut = std::max(deadline, absl::Now() + std::min(kFlushTime, timeout));
-  listeners_->server->Shutdown(absl::ToChronoTime(cut));
+  listeners_->server->Shutdown(absl::ToChronoTime(absl::Now() + kCloseTime));
   listeners_->server->Wait();
   if (listeners_->health != nullptr) listeners_->health->Stop();
   listeners_->http.reset();
   if (stack_ != nullptr) stack_->Stop();
+}
+
+bool Daemon::WaitForCalls(absl::Time deadline) const {
+  while (listeners_->service.LiveCalls() > 0) {
+    if (absl::Now() >= deadline) return false;
+    absl::SleepFor(kDrainPoll);
+  }
+  return true;
 }
 
 int Daemon::grpc_port() const { return listeners_->grpc_port; }

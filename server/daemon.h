@@ -30,8 +30,9 @@ class Daemon {
   ~Daemon();
 
   absl::Status Load(std::unique_ptr<kernels::Ops> ops);
-  // Blocks until everything has ended, for listen.drain_timeout at most and a moment for the last
-  // messages. The daemon serves no more afterwards.
+  // Blocks until every Generate call has ended, for listen.drain_timeout at most and a moment for
+  // the last messages; calls that never end by themselves, such as Health.Watch, are not waited
+  // for. The daemon serves no more afterwards.
   void Drain();
 
   int grpc_port() const;
@@ -47,6 +48,8 @@ class Daemon {
   absl::Status Listen();
   absl::Status WritePortFile() const;
   void Shutdown(absl::Duration timeout);
+  // False when some Generate call is still live at the deadline.
+  bool WaitForCalls(absl::Time deadline) const;
 
   const Config config_;
   const std::shared_ptr<spdlog::logger> logger_;

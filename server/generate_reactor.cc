@@ -46,12 +46,10 @@ std::string TraceId(const grpc::CallbackServerContext& context) {
 
 }  // namespace
 
-GenerateReactor::GenerateReactor(grpc::CallbackServerContext* context,
-                                 std::shared_ptr<spdlog::logger> logger, bool log_prompts)
-    : context_(context),
-      logger_(std::move(logger)),
-      log_prompts_(log_prompts),
-      arrival_(absl::Now()) {}
+GenerateReactor::GenerateReactor(grpc::CallbackServerContext* context, GenerateCalls* calls)
+    : context_(context), calls_(calls), arrival_(absl::Now()) {
+  ++calls_->live;
+}
 
 void GenerateReactor::Start(const resa::v1::GenerateRequest& request, const ServedModel& model,
                             engine::Engine* engine) {
@@ -73,8 +71,8 @@ absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::Genera
   RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random));
   engine_request->client_request_id = name_;
   engine_request->deadline = Deadline(*context_);
-  if (log_prompts_) {
-    logger_->info("request {}: prompt {}", name_, request.ShortDebugString());
+  if (calls_->log_prompts) {
+    calls_->logger->info("request {}: prompt {}", name_, request.ShortDebugString());
   }
   StreamWriter::Options options;
   options.request_id = name_;
@@ -82,7 +80,7 @@ absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::Genera
   options.token_ids = engine_request->output.token_ids;
   options.logprobs = engine_request->output.logprobs;
   options.outputs = std::max(1, engine_request->n);  // The engine refuses what is below.
-  options.keep_text = log_prompts_;
+  options.keep_text = calls_->log_prompts;
   writer_ = std::make_shared<StreamWriter>(std::move(options), static_cast<StreamTransport*>(this));
   engine_request->sink = writer_;
   return engine_->Submit(std::move(engine_request));
@@ -125,6 +123,7 @@ void GenerateReactor::OnCancel() {
 
 void GenerateReactor::OnDone() {
   Log();
+  --calls_->live;
   delete this;
 }
 
@@ -133,14 +132,14 @@ void GenerateReactor::Log() {
   const std::string trace = trace_.empty() ? "" : absl::StrCat(" trace ", trace_);
   // Client ids are escaped: a line of the log stays one line.
   const std::string name = absl::CEscape(name_);
-  logger_->info(
+  calls_->logger->info(
       "request {}{}: {}, {} prompt and {} output tokens in {} messages, first token {}, "
       "total {}",
       name, trace, status_.ok() ? "OK" : absl::CEscape(ToRpcStatus(status_).message()),
       summary.prompt_tokens, summary.output_tokens, summary.messages,
       absl::FormatDuration(summary.first_token), absl::FormatDuration(absl::Now() - arrival_));
   for (size_t i = 0; i < summary.texts.size(); ++i) {
-    logger_->info("request {}: output {} {}", name, i, absl::CEscape(summary.texts[i]));
+    calls_->logger->info("request {}: output {} {}", name, i, absl::CEscape(summary.texts[i]));
   }
 }
 

@@ -3,6 +3,7 @@
 
 // One Generate call: gRPC's side of a StreamWriter.
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -16,6 +17,13 @@
 
 namespace resa::server {
 
+// What all calls of a service share. Must outlive them.
+struct GenerateCalls {
+  const std::shared_ptr<spdlog::logger> logger;
+  const bool log_prompts;
+  std::atomic<int32_t> live = 0;  // Those that gRPC is not done with.
+};
+
 // Deletes itself when gRPC is done with the call.
 //
 // Life: Start (handler's thread) submits the request. From then on the engine's thread drives the
@@ -24,8 +32,7 @@ namespace resa::server {
 class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::GenerateResponse>,
                               private StreamTransport {
  public:
-  GenerateReactor(grpc::CallbackServerContext* context, std::shared_ptr<spdlog::logger> logger,
-                  bool log_prompts);
+  GenerateReactor(grpc::CallbackServerContext* context, GenerateCalls* calls);
 
   // Once. Ends the call at once when the request is refused.
   void Start(const resa::v1::GenerateRequest& request, const ServedModel& model,
@@ -49,8 +56,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::Generate
   void Log();
 
   grpc::CallbackServerContext* const context_;
-  const std::shared_ptr<spdlog::logger> logger_;
-  const bool log_prompts_;
+  GenerateCalls* const calls_;
   const absl::Time arrival_;
   // Set by Start, before gRPC can call back.
   std::string name_;   // request_id, or one made up.

@@ -3,7 +3,6 @@
 #include <utility>
 
 #include "kernels/params.h"
-#include "server/generate_reactor.h"
 #include "server/grpc_status.h"
 #include "server/validate.h"
 
@@ -24,7 +23,7 @@ grpc::ServerUnaryReactor* FinishUnary(grpc::CallbackServerContext* context,
 }  // namespace
 
 GenerateService::GenerateService(std::shared_ptr<spdlog::logger> logger, bool log_prompts)
-    : logger_(std::move(logger)), log_prompts_(log_prompts) {}
+    : calls_{std::move(logger), log_prompts} {}
 
 void GenerateService::StartServing(const ServedModel* model, engine::Engine* engine) {
   backend_ = {model, engine};
@@ -33,7 +32,7 @@ void GenerateService::StartServing(const ServedModel* model, engine::Engine* eng
 
 grpc::ServerWriteReactor<resa::v1::GenerateResponse>* GenerateService::Generate(
     grpc::CallbackServerContext* context, const resa::v1::GenerateRequest* request) {
-  auto* reactor = new GenerateReactor(context, logger_, log_prompts_);
+  auto* reactor = new GenerateReactor(context, &calls_);
   if (const Backend* serving = backend()) {
     reactor->Start(*request, *serving->model, serving->engine);
   } else {

@@ -8,6 +8,7 @@
 
 #include "engine/engine.h"
 #include "resa/v1/inference.grpc.pb.h"
+#include "server/generate_reactor.h"
 #include "server/served_model.h"
 #include "spdlog/logger.h"
 
@@ -17,6 +18,9 @@ class GenerateService final : public resa::v1::InferenceService::CallbackService
  public:
   // `logger` gets one line per request; prompts and outputs only with `log_prompts`.
   GenerateService(std::shared_ptr<spdlog::logger> logger, bool log_prompts);
+
+  // Generate calls whose last message or status is still on its way.
+  int32_t LiveCalls() const { return calls_.live; }
 
   // Until then every call ends with UNAVAILABLE. Both must outlive all calls.
   void StartServing(const ServedModel* model, engine::Engine* engine);
@@ -45,8 +49,7 @@ class GenerateService final : public resa::v1::InferenceService::CallbackService
   // Null while loading.
   const Backend* backend() const { return serving_.load(std::memory_order_acquire); }
 
-  const std::shared_ptr<spdlog::logger> logger_;
-  const bool log_prompts_;
+  GenerateCalls calls_;
   Backend backend_ = {};
   std::atomic<const Backend*> serving_ = nullptr;
 };

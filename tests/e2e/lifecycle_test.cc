@@ -365,13 +365,49 @@ TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
   EXPECT_THAT(seen, ElementsAre(HealthCheckResponse::SERVING, HealthCheckResponse::NOT_SERVING));
   const Generation refused = Generate(server.stub(), RequestFor("too late", 5));
   EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
-  watch_context.TryCancel();
-  watch->Finish();
 
   const Generation finished = ReadToEnd(stream.get());
   EXPECT_TRUE(finished.ok()) << finished.Describe();
   EXPECT_EQ(finished.outputs[0].token_ids.size(), 1500u);
+  // The watch, which would go on for ever, does not hold up the end.
+  const absl::Time last_stream = absl::Now();
   drain.join();
+  EXPECT_LT(absl::Now() - last_stream, absl::Seconds(5));
+  EXPECT_FALSE(watch->Read(&response));
+  watch->Finish();
+}
+
+TEST(DrainTest, NothingRunningIsNothingToWaitFor) {
+  TestServer server({.flags = {"--drain-timeout=20s"}});
+  const auto health = Health::NewStub(server.channel());
+  grpc::ClientContext watch_context;
+  HealthCheckRequest service;
+  service.set_service("no.such.Service");
+  const auto watch = health->Watch(&watch_context, service);
+  HealthCheckResponse response;
+  ASSERT_TRUE(watch->Read(&response));
+  const absl::Time start = absl::Now();
+  server.daemon().Drain();
+  EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+  watch->Finish();
+}
+
+// A reader that takes nothing of what is ready for it costs the drain its whole time, and no more.
+TEST(DrainTest, AStuckReaderIsCutWhenTheTimeIsUp) {
+  TestServer server({.flags = {"--pool-memory=64MiB", "--drain-timeout=1s"}});
+  GenerateRequest request = RequestFor("stuck", 200);
+  request.mutable_output()->set_logprobs(true);
+  request.mutable_output()->set_top_logprobs(20);
+  request.set_n(8);
+  const auto slow_stub = SlowStub(server);
+  grpc::ClientContext context;
+  const auto stream = slow_stub->Generate(&context, request);
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() > 0; }));
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() == 0; }));
+  const absl::Time start = absl::Now();
+  server.daemon().Drain();
+  EXPECT_GE(absl::Now() - start, absl::Seconds(1));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
 }
 
 TEST(DrainTest, WhatDoesNotFinishInTimeEndsWithUnavailable) {

@@ -38,7 +38,7 @@ TEST(ConfigTest, Defaults) {
   EXPECT_EQ(config.model.served_name, "tiny");
   EXPECT_EQ(config.listen.grpc_address, "127.0.0.1:50051");
   EXPECT_EQ(config.listen.http_address, "127.0.0.1:9090");
-  EXPECT_EQ(config.listen.drain_timeout, absl::Seconds(30));
+  EXPECT_EQ(config.listen.drain_timeout, absl::Seconds(25));
   EXPECT_EQ(config.device.device, Device::kAuto);
   EXPECT_EQ(config.device.threads, 0);
   EXPECT_TRUE(config.device.cpu_bf16);

@@ -60,20 +60,12 @@ absl::StatusOr<RequestId> Engine::Submit(std::unique_ptr<Request> request) {
   if (status.ok() && tokenizer_ == nullptr && !request->stop.strings.empty()) {
     status = absl::InvalidArgumentError("stop.strings: this engine has no tokenizer");
   }
-  if (!status.ok()) {
-    observer_->OnRejected(CanEverFit(*request, options_.limits) ? RejectReason::kInvalid
-                                                                : RejectReason::kTooLong);
-    return status;
-  }
+  if (!status.ok()) return status;
   const RequestId id{next_id_.fetch_add(1, std::memory_order_relaxed)};
   request->id = id;
   request->arrival = clock_->Now();
   status = inbox_.Push(std::move(request));
-  if (!status.ok()) {
-    observer_->OnRejected(absl::IsUnavailable(status) ? RejectReason::kDraining
-                                                      : RejectReason::kQueueFull);
-    return status;
-  }
+  if (!status.ok()) return status;
   return id;
 }
 

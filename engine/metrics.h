@@ -28,10 +28,7 @@ struct StepReport {
   int32_t tokens_emitted = 0;
 };
 
-enum class RejectReason : uint8_t { kQueueFull, kTooLong, kInvalid, kDraining };
-const char* NameOf(RejectReason reason);
-
-// Called on the engine thread, except OnRejected (the thread that submitted). Must not block.
+// Called on the engine thread. Must not block.
 class EngineObserver {
  public:
   virtual ~EngineObserver() = default;
@@ -45,7 +42,6 @@ class EngineObserver {
   virtual void OnNextToken(absl::Duration /*since_last*/) {}
   virtual void OnFinished(const Finished&) {}   // Once per output.
   virtual void OnError(const absl::Status&) {}  // Once per request.
-  virtual void OnRejected(RejectReason) {}
 };
 
 // A snapshot for GetLoad and gauges.

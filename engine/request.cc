@@ -181,11 +181,6 @@ absl::Status ValidateRequest(const Request& request, const ModelLimits& limits) 
   return absl::OkStatus();
 }
 
-bool CanEverFit(const Request& request, const ModelLimits& limits) {
-  const int64_t output = std::max(1, request.stop.max_tokens.value_or(1));
-  return static_cast<int64_t>(request.prompt.size()) + output <= MaxSequenceTokens(limits);
-}
-
 int32_t MaxOutputTokens(const Request& request, const ModelLimits& limits) {
   const int64_t room = MaxSequenceTokens(limits) - static_cast<int64_t>(request.prompt.size());
   RESA_CHECK_GT(room, 0);

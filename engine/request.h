@@ -89,10 +89,6 @@ struct ModelLimits {
 // message has the form "field: what is wrong and what is accepted".
 absl::Status ValidateRequest(const Request& request, const ModelLimits& limits);
 
-// Whether prompt and max_tokens (at least one token) fit into context and pool: what tells a
-// request that is too long from one that is wrong.
-bool CanEverFit(const Request& request, const ModelLimits& limits);
-
 // Output tokens that this request may have at most, given its prompt: the smallest of max_tokens,
 // what the context leaves, and what the pool leaves. REQUIRES a validated request.
 int32_t MaxOutputTokens(const Request& request, const ModelLimits& limits);

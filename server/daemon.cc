@@ -27,14 +27,15 @@ constexpr absl::Duration kCloseTime = absl::Milliseconds(100);
 }  // namespace
 
 struct Daemon::Listeners {
-  Listeners(std::shared_ptr<spdlog::logger> logger, bool log_prompts)
-      : service(std::move(logger), log_prompts) {}
+  Listeners(const Config& config, std::shared_ptr<spdlog::logger> logger, MetricsExporter* exporter)
+      : metrics(exporter), service(std::move(logger), config.log.prompts, exporter) {}
 
   HttpResponse Metrics() const {
     ServingStack* stack = serving.load(std::memory_order_acquire);
     HttpResponse response;
     response.content_type = "text/plain; version=0.0.4; charset=utf-8";
-    if (stack != nullptr) response.body = stack->metrics()->Render(stack->engine()->Load());
+    response.body =
+        metrics->Render(stack != nullptr ? stack->engine()->Load() : engine::EngineLoad());
     return response;
   }
   HttpResponse Healthz() const {
@@ -45,6 +46,7 @@ struct Daemon::Listeners {
     return response;
   }
 
+  MetricsExporter* const metrics;
   GenerateService service;
   std::unique_ptr<grpc::Server> server;
   std::unique_ptr<HealthMonitor> health;
@@ -64,7 +66,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(const Config& config,
 Daemon::Daemon(const Config& config, std::shared_ptr<spdlog::logger> logger)
     : config_(config),
       logger_(std::move(logger)),
-      listeners_(std::make_unique<Listeners>(logger_, config.log.prompts)) {}
+      metrics_(config.model.served_name),
+      listeners_(std::make_unique<Listeners>(config, logger_, &metrics_)) {}
 
 Daemon::~Daemon() { Shutdown(absl::ZeroDuration()); }
 
@@ -116,7 +119,9 @@ absl::Status Daemon::WritePortFile() const {
 }
 
 absl::Status Daemon::Load(std::unique_ptr<kernels::Ops> ops) {
-  RESA_ASSIGN_OR_RETURN(stack_, ServingStack::Load(config_, std::move(ops), logger_.get()));
+  RESA_ASSIGN_OR_RETURN(stack_,
+                        ServingStack::Load(config_, std::move(ops), &metrics_, logger_.get()));
+  metrics_.Describe(stack_->model().description);
   engine::Engine* const engine = stack_->engine();
   stack_->Start();
   listeners_->serving.store(stack_.get(), std::memory_order_release);

@@ -15,6 +15,7 @@
 #include "kernels/ops.h"
 #include "server/config.h"
 #include "server/health.h"
+#include "server/metrics_exporter.h"
 #include "server/serving_stack.h"
 #include "spdlog/logger.h"
 
@@ -53,7 +54,9 @@ class Daemon {
 
   const Config config_;
   const std::shared_ptr<spdlog::logger> logger_;
-  // Destroyed from the bottom: calls end before the engine that they wait for.
+  // Destroyed from the bottom: calls end before the engine that they wait for, and that before what
+  // it reports to.
+  MetricsExporter metrics_;
   std::unique_ptr<ServingStack> stack_;
   std::unique_ptr<Listeners> listeners_;
 };

@@ -87,6 +87,7 @@ absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::Genera
 }
 
 void GenerateReactor::Refuse(const absl::Status& status) {
+  calls_->metrics->CountRefusal(status);
   if (absl::IsResourceExhausted(status)) {
     context_->AddTrailingMetadata("grpc-retry-pushback-ms",
                                   absl::StrCat(absl::ToInt64Milliseconds(kRetryDelay)));

@@ -11,6 +11,7 @@
 #include "engine/engine.h"
 #include "grpcpp/alarm.h"
 #include "resa/v1/inference.grpc.pb.h"
+#include "server/metrics_exporter.h"
 #include "server/served_model.h"
 #include "server/stream_writer.h"
 #include "spdlog/logger.h"
@@ -21,6 +22,7 @@ namespace resa::server {
 struct GenerateCalls {
   const std::shared_ptr<spdlog::logger> logger;
   const bool log_prompts;
+  MetricsExporter* const metrics;
   std::atomic<int32_t> live = 0;  // Those that gRPC is not done with.
 };
 

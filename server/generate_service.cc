@@ -22,8 +22,9 @@ grpc::ServerUnaryReactor* FinishUnary(grpc::CallbackServerContext* context,
 
 }  // namespace
 
-GenerateService::GenerateService(std::shared_ptr<spdlog::logger> logger, bool log_prompts)
-    : calls_{std::move(logger), log_prompts} {}
+GenerateService::GenerateService(std::shared_ptr<spdlog::logger> logger, bool log_prompts,
+                                 MetricsExporter* metrics)
+    : calls_{std::move(logger), log_prompts, metrics} {}
 
 void GenerateService::StartServing(const ServedModel* model, engine::Engine* engine) {
   backend_ = {model, engine};

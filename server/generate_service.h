@@ -17,7 +17,9 @@ namespace resa::server {
 class GenerateService final : public resa::v1::InferenceService::CallbackService {
  public:
   // `logger` gets one line per request; prompts and outputs only with `log_prompts`.
-  GenerateService(std::shared_ptr<spdlog::logger> logger, bool log_prompts);
+  // `metrics` counts the calls that are refused.
+  GenerateService(std::shared_ptr<spdlog::logger> logger, bool log_prompts,
+                  MetricsExporter* metrics);
 
   // Generate calls whose last message or status is still on its way.
   int32_t LiveCalls() const { return calls_.live; }

@@ -129,7 +129,7 @@ class SignalWaiter {
 int Check(const Config& config, spdlog::logger* logger) {
   OpsOr ops = MakeOps(config.device, logger);
   if (!ops.ok()) return Fail(ops.status());
-  const auto stack = ServingStack::Load(config, *std::move(ops), logger);
+  const auto stack = ServingStack::Load(config, *std::move(ops), /*observer=*/nullptr, logger);
   if (!stack.ok()) return Fail(stack.status());
   logger->info("the settings and the model are good");
   return 0;

@@ -1,9 +1,16 @@
 #include "server/metrics_exporter.h"
 
+#include <array>
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/params.h"
+#include "prometheus/counter.h"
+#include "prometheus/gauge.h"
+#include "prometheus/histogram.h"
+#include "prometheus/registry.h"
 #include "prometheus/text_serializer.h"
 
 namespace resa::server {
@@ -67,17 +74,18 @@ constexpr const char* kRowKindNames[] = {"prefill", "sparse_decode", "dense_deco
 enum Outcome { kStop, kLength, kAbort, kError, kNumOutcomes };
 constexpr const char* kOutcomeNames[] = {"stop", "length", "abort", "error"};
 
-constexpr engine::RejectReason kRejectReasons[] = {
-    engine::RejectReason::kQueueFull, engine::RejectReason::kTooLong,
-    engine::RejectReason::kInvalid, engine::RejectReason::kDraining};
+// Why a call was refused: by itself, for load, or while the model loads or the server drains.
+enum Refusal { kInvalid, kQueueFull, kUnavailable, kNumRefusals };
+constexpr const char* kRefusalNames[] = {"invalid", "queue_full", "unavailable"};
 
 }  // namespace
 
 struct MetricsExporter::Series {
-  explicit Series(const MetricsLabels& facts);
+  explicit Series(std::string model_name);
 
   // Fixed after construction; the series are thread-safe and belong to the registry.
   Registry registry;
+  Maker make;
   Gauge* running;
   Gauge* waiting;
   Gauge* cache_usage;
@@ -103,11 +111,11 @@ struct MetricsExporter::Series {
   Histogram* kept_block_ratio;
   std::array<Histogram*, kNumStepKinds> step_seconds;
   std::array<Histogram*, kNumRowKinds> step_tokens;
-  std::array<Counter*, std::size(kRejectReasons)> rejected;
+  std::array<Counter*, kNumRefusals> refused;
 };
 
-MetricsExporter::Series::Series(const MetricsLabels& facts) {
-  Maker make(&registry, {{"model_name", facts.model_name}});
+MetricsExporter::Series::Series(std::string model_name)
+    : make(&registry, {{"model_name", std::move(model_name)}}) {
   const std::vector<double> seconds = Buckets(0.001, 1000);
   const std::vector<double> tokens = Buckets(1, 1e6);
 
@@ -115,10 +123,6 @@ MetricsExporter::Series::Series(const MetricsLabels& facts) {
   waiting =
       make.MakeGauge("vllm:num_requests_waiting", "Sequences that are accepted and do not run.");
   cache_usage = make.MakeGauge("vllm:kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.");
-  make.MakeGauge("vllm:cache_config_info", "The KV pool, in its labels.",
-                 {{"block_size", absl::StrCat(kernels::kPageTokens)},
-                  {"num_gpu_blocks", absl::StrCat(facts.pool_pages)}})
-      ->Set(1);
   preemptions = make.MakeCounter("vllm:num_preemptions_total",
                                  "Sequences that lost their pages and were recomputed.");
   prompt_tokens =
@@ -168,19 +172,16 @@ MetricsExporter::Series::Series(const MetricsLabels& facts) {
         make.MakeHistogram("resa_step_tokens", "Rows of one kind in a step, where there were any.",
                            Buckets(1, 1e5), {{"kind", kRowKindNames[i]}});
   }
-  for (size_t i = 0; i < std::size(kRejectReasons); ++i) {
-    rejected[i] = make.MakeCounter("resa_rejected_requests_total", "Requests refused on arrival.",
-                                   {{"reason", engine::NameOf(kRejectReasons[i])}});
+  for (int i = 0; i < kNumRefusals; ++i) {
+    refused[i] = make.MakeCounter("resa_rejected_requests_total", "Requests refused on arrival.",
+                                  {{"reason", kRefusalNames[i]}});
   }
   pages_used = make.MakeGauge("resa_kv_pool_pages", "Pages of the KV pool.", {{"state", "used"}});
   pages_free = make.MakeGauge("resa_kv_pool_pages", "Pages of the KV pool.", {{"state", "free"}});
-  make.MakeGauge("resa_build_info", "Version and device, in its labels.",
-                 {{"version", facts.version}, {"device", facts.device}})
-      ->Set(1);
 }
 
-MetricsExporter::MetricsExporter(const MetricsLabels& labels)
-    : series_(std::make_unique<Series>(labels)) {}
+MetricsExporter::MetricsExporter(std::string model_name)
+    : series_(std::make_unique<Series>(std::move(model_name))) {}
 
 MetricsExporter::~MetricsExporter() = default;
 
@@ -259,10 +260,23 @@ void MetricsExporter::OnError(const absl::Status& status) {
   series_->outcomes[aborted ? kAbort : kError]->Increment();
 }
 
-void MetricsExporter::OnRejected(engine::RejectReason reason) {
-  for (size_t i = 0; i < std::size(kRejectReasons); ++i) {
-    if (kRejectReasons[i] == reason) series_->rejected[i]->Increment();
-  }
+void MetricsExporter::CountRefusal(const absl::Status& status) {
+  const Refusal refusal = absl::IsResourceExhausted(status) ? kQueueFull
+                          : absl::IsUnavailable(status)     ? kUnavailable
+                                                            : kInvalid;
+  series_->refused[refusal]->Increment();
+}
+
+void MetricsExporter::Describe(const resa::v1::GetModelResponse& model) {
+  series_->make
+      .MakeGauge("vllm:cache_config_info", "The KV pool, in its labels.",
+                 {{"block_size", absl::StrCat(kernels::kPageTokens)},
+                  {"num_gpu_blocks", absl::StrCat(model.pool_tokens() / kernels::kPageTokens)}})
+      ->Set(1);
+  series_->make
+      .MakeGauge("resa_build_info", "Version and device, in its labels.",
+                 {{"version", model.server_version()}, {"device", model.device()}})
+      ->Set(1);
 }
 
 std::string MetricsExporter::Render(const engine::EngineLoad& load) {

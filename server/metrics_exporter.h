@@ -5,31 +5,19 @@
 // names and meanings that dashboards know from vLLM (`vllm:...`), each with the label model_name;
 // what only this daemon has begins with `resa_`.
 
-#include <array>
-#include <cstdint>
 #include <memory>
 #include <string>
 
 #include "engine/metrics.h"
-#include "prometheus/counter.h"
-#include "prometheus/gauge.h"
-#include "prometheus/histogram.h"
-#include "prometheus/registry.h"
+#include "resa/v1/inference.pb.h"
 
 namespace resa::server {
 
-// Facts that do not change while the daemon runs.
-struct MetricsLabels {
-  std::string model_name;
-  std::string version;
-  std::string device;
-  int64_t pool_pages = 0;
-};
-
-// The observer is called on the engine's thread and allocates nothing; Render on any thread.
+// The observer is called on the engine's thread and allocates nothing; the other methods on any
+// thread.
 class MetricsExporter final : public engine::EngineObserver {
  public:
-  explicit MetricsExporter(const MetricsLabels& labels);
+  explicit MetricsExporter(std::string model_name);
   ~MetricsExporter() override;
 
   void OnStep(const engine::StepReport& report) override;
@@ -40,8 +28,11 @@ class MetricsExporter final : public engine::EngineObserver {
   void OnNextToken(absl::Duration since_last) override;
   void OnFinished(const engine::Finished& finished) override;
   void OnError(const absl::Status& status) override;
-  void OnRejected(engine::RejectReason reason) override;
 
+  // A Generate call was refused, with this status, before the engine took it.
+  void CountRefusal(const absl::Status& status);
+  // Once the model is loaded: what the labels of the two info series say. Once.
+  void Describe(const resa::v1::GetModelResponse& model);
   // All series in the text format of /metrics, the gauges as `load` has them.
   std::string Render(const engine::EngineLoad& load);
 

@@ -69,11 +69,12 @@ absl::StatusOr<int32_t> MaxContext(const Config& config, const ModelConfig& mode
 
 absl::StatusOr<std::unique_ptr<ServingStack>> ServingStack::Load(const Config& config,
                                                                  std::unique_ptr<kernels::Ops> ops,
+                                                                 engine::EngineObserver* observer,
                                                                  spdlog::logger* logger) {
   std::unique_ptr<ServingStack> stack(new ServingStack);
   stack->ops_ = std::move(ops);
   RESA_RETURN_IF_ERROR(stack->LoadModelFiles(config, logger));
-  RESA_RETURN_IF_ERROR(stack->CreateEngine(config, logger));
+  RESA_RETURN_IF_ERROR(stack->CreateEngine(config, observer, logger));
   return stack;
 }
 
@@ -149,7 +150,8 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
   return PoolPagesFor(page, *config.pool.bytes);
 }
 
-absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* logger) {
+absl::Status ServingStack::CreateEngine(const Config& config, engine::EngineObserver* observer,
+                                        spdlog::logger* logger) {
   const ModelConfig& model = loaded_.config;
   RESA_ASSIGN_OR_RETURN(const int32_t max_context, MaxContext(config, model));
   RESA_ASSIGN_OR_RETURN(const int64_t pages, PoolPages(config, max_context, logger));
@@ -175,10 +177,8 @@ absl::Status ServingStack::CreateEngine(const Config& config, spdlog::logger* lo
       BatchLimitsFor(config, std::min(engine::PagesFor(max_context), options.num_pages));
   RESA_ASSIGN_OR_RETURN(
       executor_, engine::ModelExecutor::Create(model, loaded_.weights, layout, batch, ops_.get()));
-  metrics_ = std::make_unique<MetricsExporter>(
-      MetricsLabels{config.model.served_name, kServerVersion, ops_->Description(), pages});
   engine_ = std::make_unique<engine::Engine>(options, tokenizer_.get(), executor_.get(), &clock_,
-                                             metrics_.get());
+                                             observer);
   served_.tokenizer = tokenizer_.get();
   served_.limits = options.limits;
   served_.default_attention = attention.default_policy;

@@ -16,7 +16,6 @@
 #include "kernels/ops.h"
 #include "server/attention_choice.h"
 #include "server/config.h"
-#include "server/metrics_exporter.h"
 #include "server/served_model.h"
 #include "spdlog/logger.h"
 
@@ -27,9 +26,11 @@ inline constexpr char kServerVersion[] = "0.1.0";
 class ServingStack {
  public:
   // Reads the model and allocates the pool; the engine does not run yet. Says to `logger` what was
-  // loaded and where the memory went. Errors say what to do.
+  // loaded and where the memory went. Errors say what to do. `observer` may be null, and must
+  // outlive the stack.
   static absl::StatusOr<std::unique_ptr<ServingStack>> Load(const Config& config,
                                                             std::unique_ptr<kernels::Ops> ops,
+                                                            engine::EngineObserver* observer,
                                                             spdlog::logger* logger);
   // Stops the engine; what is left of requests ends with UNAVAILABLE.
   ~ServingStack();
@@ -41,13 +42,13 @@ class ServingStack {
 
   engine::Engine* engine() { return engine_.get(); }
   const ServedModel& model() const { return served_; }
-  MetricsExporter* metrics() { return metrics_.get(); }
 
  private:
   ServingStack() = default;
 
   absl::Status LoadModelFiles(const Config& config, spdlog::logger* logger);
-  absl::Status CreateEngine(const Config& config, spdlog::logger* logger);
+  absl::Status CreateEngine(const Config& config, engine::EngineObserver* observer,
+                            spdlog::logger* logger);
   absl::StatusOr<int64_t> PoolPages(const Config& config, int32_t max_context,
                                     spdlog::logger* logger) const;
   void Describe(const Config& config, const kernels::KvLayout& layout,
@@ -62,7 +63,6 @@ class ServingStack {
   ServedModel served_;
   std::unique_ptr<engine::ModelExecutor> executor_;
   engine::RealClock clock_;
-  std::unique_ptr<MetricsExporter> metrics_;
   std::unique_ptr<engine::Engine> engine_;
   std::thread thread_;
 };

@@ -131,7 +131,6 @@ class CountingObserver final : public EngineObserver {
   void OnNextToken(absl::Duration) override { ++next_tokens; }
   void OnFinished(const Finished&) override { ++finished; }
   void OnError(const absl::Status&) override { ++errors; }
-  void OnRejected(RejectReason reason) override { rejected.push_back(reason); }
 
   int steps = 0;
   StepReport last;
@@ -144,7 +143,6 @@ class CountingObserver final : public EngineObserver {
   int next_tokens = 0;
   int finished = 0;
   int errors = 0;
-  std::vector<RejectReason> rejected;
 };
 
 class EngineTest : public ::testing::Test {

@@ -179,25 +179,6 @@ TEST(RequestTest, MaxOutputTokensIsTheTightestOfThree) {
   EXPECT_EQ(MaxOutputTokens(request, small_pool), 7);
 }
 
-TEST(RequestTest, CanEverFitLooksAtLengthAlone) {
-  Request request = ValidRequest();
-  request.sampling.top_p = kNan;  // Wrong, but not too long.
-  EXPECT_TRUE(CanEverFit(request, Limits()));
-  request.prompt.assign(49, 1);
-  EXPECT_TRUE(CanEverFit(request, Limits()));
-  request.stop.max_tokens = 1;
-  EXPECT_TRUE(CanEverFit(request, Limits()));
-  request.stop.max_tokens = 2;
-  EXPECT_FALSE(CanEverFit(request, Limits()));
-  request.stop.max_tokens.reset();
-  request.prompt.assign(50, 1);
-  EXPECT_FALSE(CanEverFit(request, Limits()));
-  request.prompt.assign(32, 1);
-  ModelLimits small_pool = Limits();
-  small_pool.pool_tokens = 32;
-  EXPECT_FALSE(CanEverFit(request, small_pool));
-}
-
 TEST(RequestTest, NamesFinishReasons) {
   EXPECT_STREQ(NameOf(FinishReason::kStop), "stop");
   EXPECT_STREQ(NameOf(FinishReason::kLength), "length");

@@ -13,7 +13,7 @@ class MetricsExporterTest : public testing::Test {
  protected:
   std::string Render() { return exporter_.Render(load_); }
 
-  MetricsExporter exporter_{{"tiny", "1.2.3", "cpu, AVX2, 2 threads", 640}};
+  MetricsExporter exporter_{"tiny"};
   engine::EngineLoad load_;
 };
 
@@ -36,7 +36,6 @@ TEST_F(MetricsExporterTest, EverySeriesIsThereFromTheStart) {
                            "vllm:request_queue_time_seconds",
                            "vllm:request_prefill_time_seconds",
                            "vllm:request_decode_time_seconds",
-                           "vllm:cache_config_info",
                            "resa_rectifications_total",
                            "resa_rectification_rows_total",
                            "resa_rectification_delay_steps",
@@ -44,8 +43,7 @@ TEST_F(MetricsExporterTest, EverySeriesIsThereFromTheStart) {
                            "resa_step_seconds",
                            "resa_step_tokens",
                            "resa_rejected_requests_total",
-                           "resa_kv_pool_pages",
-                           "resa_build_info"}) {
+                           "resa_kv_pool_pages"}) {
     EXPECT_THAT(text, HasSubstr(std::string("# TYPE ") + name + " "));
   }
 }
@@ -72,9 +70,20 @@ TEST_F(MetricsExporterTest, GaugesShowTheLoad) {
   EXPECT_THAT(text, HasSubstr("vllm:kv_cache_usage_perc{model_name=\"tiny\"} 0.25"));
   EXPECT_THAT(text, HasSubstr("resa_kv_pool_pages{model_name=\"tiny\",state=\"used\"} 160"));
   EXPECT_THAT(text, HasSubstr("resa_kv_pool_pages{model_name=\"tiny\",state=\"free\"} 480"));
-  EXPECT_THAT(text, HasSubstr("block_size=\"16\""));
-  EXPECT_THAT(text, HasSubstr("num_gpu_blocks=\"640\""));
-  EXPECT_THAT(text, HasSubstr("version=\"1.2.3\""));
+}
+
+TEST_F(MetricsExporterTest, TheLoadedModelIsDescribedByLabels) {
+  EXPECT_THAT(Render(), Not(HasSubstr("_info")));
+  resa::v1::GetModelResponse model;
+  model.set_pool_tokens(640 * 16);
+  model.set_server_version("1.2.3");
+  model.set_device("cpu, AVX2, 2 threads");
+  exporter_.Describe(model);
+  const std::string text = Render();
+  EXPECT_THAT(text, HasSubstr("vllm:cache_config_info{model_name=\"tiny\",block_size=\"16\","
+                              "num_gpu_blocks=\"640\"} 1"));
+  EXPECT_THAT(text, HasSubstr("resa_build_info{model_name=\"tiny\",device=\"cpu, AVX2, 2 threads\","
+                              "version=\"1.2.3\"} 1"));
 }
 
 TEST_F(MetricsExporterTest, AStepCountsByTheKindsOfItsRows) {
@@ -154,16 +163,19 @@ TEST_F(MetricsExporterTest, AFinishedRequestFillsTheLatencies) {
   }
 }
 
-TEST_F(MetricsExporterTest, ErrorsAndRejectionsAreCountedByReason) {
+TEST_F(MetricsExporterTest, ErrorsAndRefusalsAreCountedByReason) {
   exporter_.OnError(absl::CancelledError(""));
   exporter_.OnError(absl::DeadlineExceededError(""));
   exporter_.OnError(absl::InternalError(""));
-  exporter_.OnRejected(engine::RejectReason::kQueueFull);
+  exporter_.CountRefusal(absl::ResourceExhaustedError(""));
+  for (int i = 0; i < 2; ++i) exporter_.CountRefusal(absl::UnavailableError(""));
+  for (int i = 0; i < 3; ++i) exporter_.CountRefusal(absl::InvalidArgumentError(""));
   const std::string text = Render();
   EXPECT_THAT(text, HasSubstr("finished_reason=\"abort\"} 2"));
   EXPECT_THAT(text, HasSubstr("finished_reason=\"error\"} 1"));
-  const std::string full = engine::NameOf(engine::RejectReason::kQueueFull);
-  EXPECT_THAT(text, HasSubstr("reason=\"" + full + "\"} 1"));
+  EXPECT_THAT(text, HasSubstr("reason=\"queue_full\"} 1"));
+  EXPECT_THAT(text, HasSubstr("reason=\"unavailable\"} 2"));
+  EXPECT_THAT(text, HasSubstr("reason=\"invalid\"} 3"));
   EXPECT_THAT(text,
               Not(HasSubstr("vllm:e2e_request_latency_seconds_count{model_name=\"tiny\"} 1")));
 }

@@ -129,14 +129,14 @@ void RunResad(SharedState* shared) {
   options.max_waiting = load.streams;
   InstantExecutor executor(shared);
   engine::RealClock clock;
-  server::MetricsExporter metrics({"bench", "0", "none", options.num_pages});
+  server::MetricsExporter metrics("bench");
   engine::Engine engine(options, tokenizer.get(), &executor, &clock, &metrics);
   server::ServedModel model;
   model.tokenizer = tokenizer.get();
   model.limits = options.limits;
   auto logger =
       std::make_shared<spdlog::logger>("bench", std::make_shared<spdlog::sinks::null_sink_mt>());
-  server::GenerateService service(logger, /*log_prompts=*/false);
+  server::GenerateService service(logger, /*log_prompts=*/false, &metrics);
   service.StartServing(&model, &engine);
   std::thread loop([&] { engine.Run(); });
   std::unique_ptr<grpc::Server> server;

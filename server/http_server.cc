@@ -100,8 +100,10 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
   listener->host = port.substr(0, port.rfind(':'));
   if (listener->host.starts_with('['))
     listener->host = listener->host.substr(1, listener->host.size() - 2);
+  // A connection that sends half a request holds a thread until its time is up. So there are more
+  // threads than monitors, and little time.
   const char* options[] = {
-      "listening_ports",          port.c_str(), "num_threads", "2", "request_timeout_ms", "10000",
+      "listening_ports",          port.c_str(), "num_threads", "8", "request_timeout_ms", "2000",
       "enable_directory_listing", "no",         nullptr};
   mg_callbacks callbacks = {};
   callbacks.begin_request = &OnRequest;

@@ -1,5 +1,9 @@
 #include "server/http_server.h"
 
+#include <memory>
+#include <vector>
+
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/http_client.h"
@@ -8,6 +12,7 @@ namespace resa::server {
 namespace {
 
 using ::resa::testing::HttpRequest;
+using ::resa::testing::OpenConnection;
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
@@ -50,6 +55,23 @@ TEST(HttpServerTest, RefusesOtherPathsAndMethods) {
   EXPECT_THAT(missing, HasSubstr("/hello\n/sick\n"));
   EXPECT_THAT(HttpRequest(server->port(), "GET", "/etc/passwd"), StartsWith("HTTP/1.1 404 "));
   EXPECT_THAT(HttpRequest(server->port(), "POST", "/hello"), StartsWith("HTTP/1.1 405 "));
+}
+
+TEST(HttpServerTest, HalfRequestsSilenceNobodyAndAreClosed) {
+  const auto server = StartServer();
+  const absl::Time start = absl::Now();
+  std::vector<std::unique_ptr<OpenConnection>> half_open;
+  for (int i = 0; i < 4; ++i) {
+    half_open.push_back(
+        std::make_unique<OpenConnection>(server->port(), "GET /hello HTTP/1.1\r\n"));
+    ASSERT_TRUE(half_open.back()->ok());
+  }
+  EXPECT_THAT(HttpRequest(server->port(), "GET", "/hello"), EndsWith("hello\n"));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(1));
+  for (const auto& connection : half_open) {
+    EXPECT_THAT(connection->Read(), ::testing::Not(EndsWith("hello\n")));
+  }
+  EXPECT_LT(absl::Now() - start, absl::Seconds(6));
 }
 
 TEST(HttpServerTest, ATakenPortIsAnError) {

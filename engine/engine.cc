@@ -180,6 +180,7 @@ void Engine::Begin(Sequence* sequence) {
   if (!request.output.echo) return;
   Delta echo;
   echo.index = sequence->index;
+  echo.is_prompt = true;
   echo.token_ids = request.prompt;
   if (tokenizer_ != nullptr) {
     echo.text = tokenizer_->Decode(request.prompt, !request.output.keep_special_tokens);

@@ -103,7 +103,8 @@ struct TokenLogprob {
 
 // A piece of one output. Several tokens can share a delta. `text` is valid UTF-8.
 struct Delta {
-  int32_t index = 0;  // Which of the n outputs.
+  int32_t index = 0;       // Which of the n outputs.
+  bool is_prompt = false;  // The echo of the prompt, not made by the model.
   std::string text;
   std::vector<int32_t> token_ids;      // Always filled; the transport shows them if asked to.
   std::vector<TokenLogprob> logprobs;  // One per token when asked for, else empty.

@@ -44,17 +44,29 @@ std::string TraceId(const grpc::CallbackServerContext& context) {
   return parts[1];
 }
 
+std::string NameFor(const resa::v1::GenerateRequest& request, uint64_t random) {
+  if (!request.request_id().empty()) return request.request_id();
+  return absl::StrCat("req-", absl::Hex(random, absl::kZeroPad16));
+}
+
 }  // namespace
 
-GenerateReactor::GenerateReactor(grpc::CallbackServerContext* context, GenerateCalls* calls)
-    : context_(context), calls_(calls), arrival_(absl::Now()) {
+GenerateReactor::GenerateReactor(grpc::CallbackServerContext* context,
+                                 const resa::v1::GenerateRequest& request, GenerateCalls* calls)
+    : context_(context),
+      calls_(calls),
+      arrival_(absl::Now()),
+      random_(RandomSeed()),
+      name_(NameFor(request, random_)),
+      // A longer one will be refused; the log takes its beginning.
+      log_name_(absl::CEscape(name_.substr(0, kMaxRequestIdBytes))),
+      trace_(TraceId(*context)) {
   ++calls_->live;
 }
 
 void GenerateReactor::Start(const resa::v1::GenerateRequest& request, const ServedModel& model,
                             engine::Engine* engine) {
   engine_ = engine;
-  trace_ = TraceId(*context_);
   absl::StatusOr<engine::RequestId> id = Submit(request, model);
   if (!id.ok()) {
     Refuse(id.status());
@@ -65,17 +77,15 @@ void GenerateReactor::Start(const resa::v1::GenerateRequest& request, const Serv
 
 absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::GenerateRequest& request,
                                                           const ServedModel& model) {
-  const uint64_t random = RandomSeed();
-  name_ = request.request_id();
-  if (name_.empty()) name_ = absl::StrCat("req-", absl::Hex(random, absl::kZeroPad16));
-  RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random));
+  RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random_));
   engine_request->client_request_id = name_;
   engine_request->deadline = Deadline(*context_);
   if (calls_->log_prompts) {
-    calls_->logger->info("request {}: prompt {}", name_, request.ShortDebugString());
+    calls_->logger->info("request {}: prompt {}", log_name_, request.ShortDebugString());
   }
   StreamWriter::Options options;
   options.request_id = name_;
+  options.arrival = arrival_;
   options.seed = engine_request->sampling.seed;
   options.token_ids = engine_request->output.token_ids;
   options.logprobs = engine_request->output.logprobs;
@@ -131,16 +141,18 @@ void GenerateReactor::OnDone() {
 void GenerateReactor::Log() {
   const StreamSummary summary = writer_ != nullptr ? writer_->Summary() : StreamSummary();
   const std::string trace = trace_.empty() ? "" : absl::StrCat(" trace ", trace_);
-  // Client ids are escaped: a line of the log stays one line.
-  const std::string name = absl::CEscape(name_);
+  std::string end(absl::StatusCodeToString(status_.code()));
+  if (!status_.ok()) {
+    absl::StrAppend(&end, ": ", absl::CEscape(ToRpcStatus(status_).message()));
+  }
   calls_->logger->info(
       "request {}{}: {}, {} prompt and {} output tokens in {} messages, first token {}, "
       "total {}",
-      name, trace, status_.ok() ? "OK" : absl::CEscape(ToRpcStatus(status_).message()),
-      summary.prompt_tokens, summary.output_tokens, summary.messages,
-      absl::FormatDuration(summary.first_token), absl::FormatDuration(absl::Now() - arrival_));
+      log_name_, trace, end, summary.prompt_tokens, summary.output_tokens, summary.messages,
+      summary.first_token.has_value() ? absl::FormatDuration(*summary.first_token) : "never",
+      absl::FormatDuration(absl::Now() - arrival_));
   for (size_t i = 0; i < summary.texts.size(); ++i) {
-    calls_->logger->info("request {}: output {} {}", name, i, absl::CEscape(summary.texts[i]));
+    calls_->logger->info("request {}: output {} {}", log_name_, i, absl::CEscape(summary.texts[i]));
   }
 }
 

@@ -34,7 +34,8 @@ struct GenerateCalls {
 class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::GenerateResponse>,
                               private StreamTransport {
  public:
-  GenerateReactor(grpc::CallbackServerContext* context, GenerateCalls* calls);
+  GenerateReactor(grpc::CallbackServerContext* context, const resa::v1::GenerateRequest& request,
+                  GenerateCalls* calls);
 
   // Once. Ends the call at once when the request is refused.
   void Start(const resa::v1::GenerateRequest& request, const ServedModel& model,
@@ -60,9 +61,11 @@ class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::Generate
   grpc::CallbackServerContext* const context_;
   GenerateCalls* const calls_;
   const absl::Time arrival_;
+  const uint64_t random_;       // Seed and name where the request has none.
+  const std::string name_;      // request_id, or one made up.
+  const std::string log_name_;  // The same escaped: a line of the log stays one line.
+  const std::string trace_;     // Of the traceparent header, or empty.
   // Set by Start, before gRPC can call back.
-  std::string name_;   // request_id, or one made up.
-  std::string trace_;  // Of the traceparent header, or empty.
   engine::Engine* engine_ = nullptr;
   engine::RequestId id_;
   std::shared_ptr<StreamWriter> writer_;  // Null when refused before it was made.

@@ -33,7 +33,7 @@ void GenerateService::StartServing(const ServedModel* model, engine::Engine* eng
 
 grpc::ServerWriteReactor<resa::v1::GenerateResponse>* GenerateService::Generate(
     grpc::CallbackServerContext* context, const resa::v1::GenerateRequest* request) {
-  auto* reactor = new GenerateReactor(context, &calls_);
+  auto* reactor = new GenerateReactor(context, *request, &calls_);
   if (const Backend* serving = backend()) {
     reactor->Start(*request, *serving->model, serving->engine);
   } else {

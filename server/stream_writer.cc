@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "kernels/check.h"
 #include "server/rpc_status.h"
 
@@ -102,6 +103,7 @@ bool StreamWriter::OnDelta(const engine::Delta& delta) {
   Call call;
   {
     absl::MutexLock lock(&mutex_);
+    Count(delta);
     if (broken_) return true;  // The cancellation is on its way.
     if (waiting_bytes_ > options_.max_waiting_bytes) {
       // What waits can't be read in time anyway; the memory is needed more. Something waits only
@@ -110,12 +112,18 @@ bool StreamWriter::OnDelta(const engine::Delta& delta) {
       transport_->StartGrace();
       return false;
     }
-    if (options_.keep_text) summary_.texts[delta.index] += delta.text;
     Append(delta);
     call = NextCall();
   }
   Make(call);
   return true;
+}
+
+void StreamWriter::Count(const engine::Delta& delta) {
+  if (options_.keep_text) summary_.texts[delta.index] += delta.text;
+  if (delta.is_prompt) return;
+  summary_.output_tokens += static_cast<int64_t>(delta.token_ids.size());
+  if (!summary_.first_token.has_value()) summary_.first_token = absl::Now() - options_.arrival;
 }
 
 void StreamWriter::Append(const engine::Delta& delta) {
@@ -177,8 +185,6 @@ void StreamWriter::OnFinished(engine::Finished finished) {
   {
     absl::MutexLock lock(&mutex_);
     RESA_CHECK(open_outputs_ > 0);
-    summary_.output_tokens += finished.usage.output_tokens;
-    summary_.first_token = finished.timings.first_token;
     if (!broken_) {
       waiting_.push_back({std::make_unique<resa::v1::GenerateResponse>(), 0});
       Fill(finished, waiting_.back().response->mutable_finished());
@@ -205,7 +211,11 @@ void StreamWriter::OnWriteDone(bool ok) {
   {
     absl::MutexLock lock(&mutex_);
     writing_ = false;
-    if (!ok) Break();
+    if (ok) {
+      ++summary_.messages;
+    } else {
+      Break();
+    }
     if (in_flight_.response->has_delta() && in_flight_.bytes <= kMaxSpareBytes &&
         spare_.size() < kMaxSpares) {
       spare_.push_back(std::move(in_flight_.response));
@@ -239,7 +249,6 @@ StreamWriter::Call StreamWriter::NextCall() {
     waiting_.erase(waiting_.begin());
     waiting_bytes_ -= in_flight_.bytes;
     writing_ = true;
-    ++summary_.messages;
     return {transport_, in_flight_.response.get(), {}};
   }
   if (!end_.has_value()) return {};

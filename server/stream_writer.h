@@ -16,6 +16,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "engine/request.h"
 #include "resa/v1/inference.pb.h"
 
@@ -37,13 +38,13 @@ class StreamTransport {
   virtual void Abandon() = 0;
 };
 
-// How a call ended, for the log.
+// What became of a call, for the log; however it ended.
 struct StreamSummary {
   int64_t prompt_tokens = 0;
-  int64_t output_tokens = 0;  // Over all outputs that finished.
-  int64_t messages = 0;       // Written to the stream.
-  absl::Duration first_token;
-  std::vector<std::string> texts;  // By output; only with Options::keep_text.
+  int64_t output_tokens = 0;                  // That the engine made, over all outputs.
+  int64_t messages = 0;                       // That the stream took.
+  std::optional<absl::Duration> first_token;  // From arrival to here; unset: there was none.
+  std::vector<std::string> texts;             // By output; only with Options::keep_text.
 };
 
 // Thread-safe: the engine's thread calls the sink, the transport's threads OnWriteDone.
@@ -52,6 +53,7 @@ class StreamWriter final : public engine::OutputSink {
   struct Options {
     std::string request_id = {};  // Told in Accepted, with the seed.
     uint64_t seed = 0;
+    absl::Time arrival = absl::InfinitePast();
     bool token_ids = false;  // Show token ids.
     bool logprobs = false;
     int outputs = 1;         // How many Finished end the stream.
@@ -91,6 +93,8 @@ class StreamWriter final : public engine::OutputSink {
     absl::Status end;
   };
 
+  // Notes what the engine made, whether or not it can still be written.
+  void Count(const engine::Delta& delta) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Append(const engine::Delta& delta) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The waiting delta of this output that can take `bytes` more, or a new one at the end.
   Waiting* DeltaFor(int32_t index, size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -245,14 +245,49 @@ TEST(LogTest, ARequestsLineCarriesItsNameAndTrace) {
                           "00-0af7651916cd43dd8448eb211c80319z-b7ad6b7169203331-01"}) {
     EXPECT_THAT(line(std::string("bad") + bad, bad), ::testing::Not(HasSubstr("trace")));
   }
-  // A name cannot break the line or pretend to be another.
-  GenerateRequest request = RequestFor("secret", 3);
-  request.set_request_id("two\nlines");
-  Generate(server.stub(), request);
-  EXPECT_NE(LogLineOf(server, "two\\nlines"), "");
   for (const std::string& logged : server.LogLines()) {
     EXPECT_THAT(logged, ::testing::Not(HasSubstr("secret")));
   }
+}
+
+TEST(LogTest, ANameCannotBreakALineOrPretendToBeAnother) {
+  for (const char* flag : {"--no-log-prompts", "--log-prompts"}) {
+    TestServer server({.flags = {flag}});
+    GenerateRequest request = RequestFor("a\nrequest forged: OK", 3);
+    request.set_request_id("two\nrequest forged");
+    Generate(server.stub(), request);
+    request.set_request_id(std::string(100'000, 'x'));
+    Generate(server.stub(), request);
+    EXPECT_NE(LogLineOf(server, "two\\nrequest forged: OK, "), "");
+    EXPECT_NE(LogLineOf(server, std::string(256, 'x') + ": INVALID_ARGUMENT: request_id: "), "");
+    for (const std::string& logged : server.LogLines()) {
+      // The logger ends each line with its only line feed.
+      EXPECT_EQ(logged.find('\n'), logged.size() - 1) << logged;
+    }
+  }
+}
+
+TEST(LogTest, SaysWhatHappenedBeforeACallEnded) {
+  TestServer server(RoomForEndless());
+  GenerateRequest request = EndlessRequest();
+  request.set_request_id("left");
+  request.mutable_output()->set_echo(true);
+  {
+    RunningStream stream(&server, request);
+    ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.tokens_generated() >= 50; }));
+  }
+  const std::string left = LogLineOf(server, "left");
+  EXPECT_THAT(left, HasSubstr("request left: CANCELLED: the request was cancelled, 7 prompt and "));
+  EXPECT_THAT(left, ::testing::ContainsRegex("and [0-9]{2,} output tokens in [1-9][0-9]* messages, "
+                                             "first token [0-9.]+ms, total"));
+  // Nothing is made up for one that never began, and it has a name, too.
+  TestServer loading({.load = false});
+  request.set_request_id("early");
+  Generate(loading.stub(), request);
+  EXPECT_THAT(LogLineOf(loading, "early"),
+              HasSubstr("request early: UNAVAILABLE: the server is still loading its model; try "
+                        "again shortly, 0 prompt and 0 output tokens in 0 messages, first token "
+                        "never, total"));
 }
 
 HealthCheckResponse::ServingStatus Check(TestServer* server, const std::string& service) {

@@ -2,6 +2,7 @@
 
 #include <thread>
 
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -292,6 +293,31 @@ TEST_F(StreamWriterTest, MatchedTokenAndLengthAreTold) {
   writer_->OnFinished(finished);
   EXPECT_EQ(last().finished().reason(), resa::v1::FINISH_REASON_LENGTH);
   EXPECT_EQ(last().finished().matched_stop_case(), resa::v1::Finished::MATCHED_STOP_NOT_SET);
+}
+
+TEST_F(StreamWriterTest, TheSummaryTellsWhatHappenedHoweverItEnds) {
+  Start({.arrival = absl::Now() - absl::Seconds(5)});
+  writer_->OnAccepted(3, 0);
+  engine::Delta echo = TextDelta("the prompt");
+  echo.is_prompt = true;
+  echo.token_ids = {1, 2, 3};
+  writer_->OnDelta(echo);
+  EXPECT_EQ(writer_->Summary().first_token, std::nullopt);
+  for (int i = 0; i < 7; ++i) {
+    engine::Delta delta = TextDelta("x");
+    delta.token_ids = {i};
+    writer_->OnDelta(delta);
+    if (i < 3) WriteDone();
+    if (i == 3) WriteDone(/*ok=*/false);
+  }
+  writer_->OnError(absl::CancelledError("gone"));
+  const StreamSummary summary = writer_->Summary();
+  EXPECT_EQ(summary.prompt_tokens, 3);
+  EXPECT_EQ(summary.output_tokens, 7);  // Whether or not they could still be written.
+  EXPECT_EQ(summary.messages, 3);
+  ASSERT_NE(summary.first_token, std::nullopt);
+  EXPECT_GE(*summary.first_token, absl::Seconds(5));
+  EXPECT_LT(*summary.first_token, absl::Seconds(65));
 }
 
 TEST_F(StreamWriterTest, TextIsKeptForTheLogOnlyWhenAsked) {

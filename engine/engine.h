@@ -51,6 +51,8 @@ class Engine {
   absl::StatusOr<RequestId> Submit(std::unique_ptr<Request> request);
   // Ends the request with CANCELLED within one step. Unknown or finished ids are ignored.
   void Cancel(RequestId id);
+  // The clock that deadlines are told by.
+  absl::Time Now() const { return clock_->Now(); }
   // As of the last change between steps, and what has been submitted since.
   EngineLoad Load() const;
   // From now on Submit is refused; what is accepted goes on.

@@ -73,8 +73,8 @@ struct Request {
   std::vector<int32_t> forced_tokens;
   int32_t n = 1;         // Outputs, 1 .. kMaxOutputs. They share the prompt's pages.
   int32_t priority = 0;  // Higher runs first.
-  absl::Time deadline = absl::InfiniteFuture();
-  absl::Time arrival = absl::InfinitePast();  // Set by Engine::Submit.
+  absl::Time deadline = absl::InfiniteFuture();  // By the engine's clock.
+  absl::Time arrival = absl::InfinitePast();     // Set by Engine::Submit.
   // Where the answer goes. Shared, since the transport keeps it until its stream is closed.
   std::shared_ptr<OutputSink> sink;
 };

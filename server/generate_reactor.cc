@@ -25,10 +25,11 @@ uint64_t RandomSeed() {
   return (uint64_t{device()} << 32) | device();
 }
 
-absl::Time Deadline(const grpc::CallbackServerContext& context) {
+// What the caller's deadline is by the engine's clock, which tells `now`.
+absl::Time Deadline(const grpc::CallbackServerContext& context, absl::Time now) {
   const std::chrono::system_clock::time_point deadline = context.deadline();
   if (deadline == std::chrono::system_clock::time_point::max()) return absl::InfiniteFuture();
-  return absl::FromChrono(deadline);
+  return now + (absl::FromChrono(deadline) - absl::Now());
 }
 
 // The trace id of a W3C traceparent header, "00-<32 hex>-<16 hex>-<2 hex>", or "".
@@ -79,7 +80,7 @@ absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::Genera
                                                           const ServedModel& model) {
   RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random_));
   engine_request->client_request_id = name_;
-  engine_request->deadline = Deadline(*context_);
+  engine_request->deadline = Deadline(*context_, engine_->Now());
   if (calls_->log_prompts) {
     calls_->logger->info("request {}: prompt {}", log_name_, request.ShortDebugString());
   }

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "absl/time/clock.h"
+#include "engine/clock.h"
 #include "kernels/check.h"
 
 namespace resa::server {
@@ -78,9 +78,10 @@ void HealthMonitor::Set(Readiness readiness) {
 
 void HealthMonitor::Watch(const std::function<engine::EngineLoad()>& load) {
   ProgressWatch progress;
+  engine::RealClock clock;
   absl::MutexLock lock(&mutex_);
   while (!mutex_.AwaitWithTimeout(absl::Condition(&stopping_), kLookInterval)) {
-    const bool moving = progress.Update(load(), absl::Now());
+    const bool moving = progress.Update(load(), clock.Now());
     Set(moving ? Readiness::kServing : Readiness::kStalled);
   }
 }

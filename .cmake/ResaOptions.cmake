@@ -72,8 +72,8 @@ function(resa_binary name)
   target_link_libraries(${name} PRIVATE ${ARG_DEPS})
 endfunction()
 
-# What the sanitizer builds build and run: every test labelled unit or sim.
-add_custom_target(resa_unit_tests)
+# What the sanitizer builds build and run: every test labelled unit, sim or e2e.
+add_custom_target(resa_sanitized_tests)
 
 # resa_test(name SOURCES x_test.cc ... DEPS lib ... [LABELS unit] [TIMEOUT 60] [ARGS ...]): one
 # GoogleTest binary that ctest runs as one test. RESA_SOURCE_DIR in the environment is the
@@ -91,8 +91,8 @@ function(resa_test name)
     target_sources(${name} PRIVATE ${PROJECT_SOURCE_DIR}/tests/support/tsan_absl_mutex.cc)
     target_link_libraries(${name} PRIVATE ${CMAKE_DL_LIBS})
   endif()
-  if("unit" IN_LIST ARG_LABELS OR "sim" IN_LIST ARG_LABELS)
-    add_dependencies(resa_unit_tests ${name})
+  if(ARG_LABELS MATCHES "^(unit|sim|e2e)$")
+    add_dependencies(resa_sanitized_tests ${name})
   endif()
   add_test(NAME ${name} COMMAND ${name} ${ARG_ARGS})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}"

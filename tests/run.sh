@@ -4,12 +4,13 @@
 #   tests/run.sh                 everything that continuous integration runs; the GPU's kernels are
 #                                compiled where nvcc is (tests/gpu/run.sh runs them)
 #   tests/run.sh --quick         the release build's tests only
-#   tests/run.sh --sanitize-all  the sanitizers over every test, not only unit tests and simulation
+#   tests/run.sh --sanitize-all  the sanitizers over every test, not only unit tests, simulation and
+#                                the daemon's (the last without ThreadSanitizer)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source deploy/setup.sh
 
-sanitize="unit|sim"
+sanitize="unit|sim|e2e"
 quick=no
 for argument in "$@"; do
   case "$argument" in
@@ -56,7 +57,7 @@ else
 fi
 
 if [ "$quick" = no ]; then
-  target=resa_unit_tests
+  target=resa_sanitized_tests
   [ "$sanitize" = ".*" ] && target=all
   export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
   for preset in cpu-asan cpu-tsan; do

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/output.h"
 #include "kernels/check.h"
 
 namespace resa::engine {
@@ -15,14 +16,6 @@ constexpr absl::Duration kIdleWait = absl::Seconds(1);
 EngineObserver* NullObserver() {
   static EngineObserver* const observer = new EngineObserver;
   return observer;
-}
-
-void Fill(const kernels::SampleResult& sample, TokenLogprob* out) {
-  out->logprob = sample.logprob;
-  out->top.clear();
-  for (int32_t i = 0; i < sample.num_top; ++i) {
-    out->top.emplace_back(sample.top_ids[i], sample.top_logprobs[i]);
-  }
 }
 
 // Takes part in steps, or stands in the way of those that do.
@@ -396,16 +389,6 @@ void Engine::ForkSiblings(const Sequence& first) {
   }
 }
 
-bool Engine::EndsOutput(const Sequence& sequence, int32_t token) const {
-  const StopCriteria& stop = sequence.request->stop;
-  if (sequence.forced()) return false;
-  if (std::find(stop.token_ids.begin(), stop.token_ids.end(), token) != stop.token_ids.end()) {
-    return true;
-  }
-  return !stop.ignore_eos && std::find(options_.eos_ids.begin(), options_.eos_ids.end(), token) !=
-                                 options_.eos_ids.end();
-}
-
 void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) {
   const Request& request = *sequence->request;
   if (!sample.finite) {
@@ -421,55 +404,17 @@ void Engine::TakeToken(Sequence* sequence, const kernels::SampleResult& sample) 
     observer_->OnNextToken(now - sequence->last_token);
   }
   sequence->last_token = now;
-  sequence->tokens.push_back(sample.token);
-  sequence->sampler.Accept(sample.token);
 
   Finished finished;
-  bool ends = false;
   Delta& delta = outbox_.AddDelta(request.id, request.sink);
-  delta.index = sequence->index;
-  delta.token_ids.assign(1, sample.token);
-  delta.logprobs.resize(request.output.logprobs ? 1 : 0);
-  if (request.output.logprobs) Fill(sample, &delta.logprobs[0]);
-  const bool stop_token = EndsOutput(*sequence, sample.token);
-  if (stop_token) {
-    ends = true;
-    finished.matched_stop_token = sample.token;
+  if (GiveToken(sample, options_.eos_ids, sequence, &delta, &finished)) {
+    Finish(sequence, std::move(finished));
   }
-  if (sequence->detokenizer != nullptr && (!stop_token || request.stop.include_stop)) {
-    const bool may_stop = !sequence->forced() && sequence->output_len() >= request.stop.min_tokens;
-    Detokenizer::Step step = sequence->detokenizer->Push(sample.token, may_stop);
-    delta.text.append(step.text);
-    if (step.matched_stop.has_value()) {
-      ends = true;
-      finished.matched_stop = *std::move(step.matched_stop);
-    }
-  }
-  finished.reason = FinishReason::kStop;
-  if (!ends && sequence->output_len() >= sequence->max_output) {
-    ends = true;
-    finished.reason = FinishReason::kLength;
-  }
-  if (ends && sequence->detokenizer != nullptr && finished.matched_stop.empty()) {
-    delta.text += sequence->detokenizer->Finish();
-  }
-  if (ends) Finish(sequence, std::move(finished));
 }
 
 void Engine::Finish(Sequence* sequence, Finished finished) {
   const Request& request = *sequence->request;
-  const absl::Time now = clock_->Now();
-  finished.index = sequence->index;
-  finished.usage.prompt_tokens = sequence->prompt_len;
-  finished.usage.output_tokens = sequence->output_len();
-  finished.usage.cached_tokens = sequence->cached_tokens;
-  finished.usage.preemptions = sequence->preemptions;
-  finished.timings.queued = sequence->first_scheduled - request.arrival;
-  finished.timings.prefill = sequence->first_token - sequence->first_scheduled;
-  finished.timings.first_token = sequence->first_token - request.arrival;
-  finished.timings.decode = now - sequence->first_token;
-  finished.timings.total = now - request.arrival;
-  finished.attention = sequence->attention;
+  Account(*sequence, clock_->Now(), &finished);
   observer_->OnFinished(finished);
 
   MarkDone(sequence);

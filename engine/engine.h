@@ -115,7 +115,6 @@ class Engine {
   void LeaveQueue(LiveRequest* live);
   void ReleasePages(Sequence* sequence);
   void MarkDone(Sequence* sequence);
-  bool EndsOutput(const Sequence& sequence, int32_t token) const;
 
   // Constant after construction.
   const EngineOptions options_;

@@ -178,9 +178,7 @@ void Engine::Begin(Sequence* sequence) {
   if (tokenizer_ != nullptr) {
     echo.text = tokenizer_->Decode(request.prompt, !request.output.keep_special_tokens);
   }
-  if (!request.sink->OnDelta(echo)) {
-    EndRequest(request.id, absl::ResourceExhaustedError("the echoed prompt is too large"));
-  }
+  if (!request.sink->OnDelta(echo)) EndRequest(request.id, SlowReaderError());
 }
 
 void Engine::ExpireDeadlines() {

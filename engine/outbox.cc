@@ -4,6 +4,10 @@
 
 namespace resa::engine {
 
+absl::Status SlowReaderError() {
+  return absl::ResourceExhaustedError("the client reads too slowly; its output buffer is full");
+}
+
 Outbox::Letter& Outbox::Add(Kind kind, RequestId id, const std::shared_ptr<OutputSink>& sink) {
   if (count_ == letters_.size()) letters_.emplace_back();
   Letter& letter = letters_[count_++];
@@ -52,8 +56,7 @@ void Outbox::Deliver(absl::FunctionRef<void(RequestId, const absl::Status&)> end
 
 void Outbox::Refuse(const Letter& letter,
                     absl::FunctionRef<void(RequestId, const absl::Status&)> end) {
-  const absl::Status status =
-      absl::ResourceExhaustedError("the client reads too slowly; its output buffer is full");
+  const absl::Status status = SlowReaderError();
   bool told = false;
   const size_t before = count_;
   end(letter.id, status);

@@ -18,6 +18,9 @@
 
 namespace resa::engine {
 
+// Why a request ends whose sink refuses a delta.
+absl::Status SlowReaderError();
+
 class Outbox {
  public:
   // A delta to be filled in before the next call. Its memory is that of an earlier one.

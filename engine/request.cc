@@ -146,13 +146,19 @@ absl::Status CheckLengths(const Request& request, const ModelLimits& limits) {
   return absl::OkStatus();
 }
 
-absl::Status CheckOutput(const OutputOptions& output) {
+absl::Status CheckOutput(const Request& request) {
+  const OutputOptions& output = request.output;
   if (output.top_logprobs < 0 || output.top_logprobs > kernels::kMaxTopLogprobs) {
     return Invalid("output.top_logprobs: ", output.top_logprobs, " is not from 0 to ",
                    kernels::kMaxTopLogprobs);
   }
   if (output.top_logprobs > 0 && !output.logprobs) {
     return Invalid("output.top_logprobs: ", output.top_logprobs, " needs output.logprobs");
+  }
+  const int64_t echoed = static_cast<int64_t>(request.prompt.size()) * request.n;
+  if (output.echo && request.n > 1 && echoed > kMaxEchoTokens) {
+    return Invalid("output.echo: ", request.prompt.size(), " prompt tokens for each of ", request.n,
+                   " outputs; at most ", kMaxEchoTokens, " are echoed in all where n is above 1");
   }
   return absl::OkStatus();
 }
@@ -164,7 +170,7 @@ absl::Status ValidateRequest(const Request& request, const ModelLimits& limits) 
   for (const absl::Status& status :
        {CheckLengths(request, limits), CheckTokens("prompt", request.prompt, vocab),
         CheckSampling(request.sampling, vocab), CheckStop(request.stop, vocab),
-        CheckOutput(request.output), CheckTokens("forced_token_ids", request.forced_tokens, vocab),
+        CheckOutput(request), CheckTokens("forced_token_ids", request.forced_tokens, vocab),
         CheckSomethingIsLeft(request, vocab)}) {
     if (!status.ok()) return status;
   }

@@ -46,11 +46,13 @@ struct OutputOptions {
   bool token_ids = false;
   bool logprobs = false;
   int32_t top_logprobs = 0;          // 0 .. kernels::kMaxTopLogprobs; needs logprobs.
-  bool echo = false;                 // The prompt precedes the output.
+  bool echo = false;                 // The prompt precedes each output.
   bool keep_special_tokens = false;  // Special tokens appear in the text.
 };
 
 inline constexpr int kMaxOutputs = 64;  // n
+// Echoed prompt tokens over all outputs of a request with several.
+inline constexpr int64_t kMaxEchoTokens = 1 << 18;
 inline constexpr int kMaxLogitBias = 1024;
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopStringBytes = 1024;

@@ -12,6 +12,7 @@
 #include "absl/time/clock.h"
 #include "engine/status_macros.h"
 #include "server/grpc_status.h"
+#include "server/rpc_status.h"
 #include "server/validate.h"
 
 namespace resa::server {
@@ -103,7 +104,8 @@ void GenerateReactor::Refuse(const absl::Status& status) {
     context_->AddTrailingMetadata("grpc-retry-pushback-ms",
                                   absl::StrCat(absl::ToInt64Milliseconds(kRetryDelay)));
   }
-  Finish(status);
+  status_ = status;
+  ServerWriteReactor::Finish(ToGrpcStatus(ToRefusal(status)));
 }
 
 void GenerateReactor::StartWrite(const resa::v1::GenerateResponse& response) {
@@ -112,7 +114,7 @@ void GenerateReactor::StartWrite(const resa::v1::GenerateResponse& response) {
 
 void GenerateReactor::Finish(const absl::Status& status) {
   status_ = status;
-  ServerWriteReactor::Finish(ToGrpcStatus(status));
+  ServerWriteReactor::Finish(ToGrpcStatus(ToRpcStatus(status)));
 }
 
 void GenerateReactor::StartGrace() {

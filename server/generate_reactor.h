@@ -70,7 +70,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<resa::v1::Generate
   engine::RequestId id_;
   std::shared_ptr<StreamWriter> writer_;  // Null when refused before it was made.
   grpc::Alarm grace_;                     // Set by StartGrace.
-  // Set by Finish, read by OnDone.
+  // Set by Finish or Refuse, read by OnDone.
   absl::Status status_;
 };
 

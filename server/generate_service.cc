@@ -4,6 +4,7 @@
 
 #include "kernels/params.h"
 #include "server/grpc_status.h"
+#include "server/rpc_status.h"
 #include "server/validate.h"
 
 namespace resa::server {
@@ -16,7 +17,7 @@ absl::Status LoadingError() {
 grpc::ServerUnaryReactor* FinishUnary(grpc::CallbackServerContext* context,
                                       const absl::Status& status) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(ToGrpcStatus(status));
+  reactor->Finish(ToGrpcStatus(ToRefusal(status)));
   return reactor;
 }
 

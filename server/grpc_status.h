@@ -1,16 +1,13 @@
 #ifndef RESA_SERVER_GRPC_STATUS_H_
 #define RESA_SERVER_GRPC_STATUS_H_
 
-#include "absl/status/status.h"
+#include "google/rpc/status.pb.h"
 #include "grpcpp/support/status.h"
-#include "server/rpc_status.h"
 
 namespace resa::server {
 
-// The same code, message and details (rpc_status.h) for the wire.
-inline grpc::Status ToGrpcStatus(const absl::Status& status) {
-  if (status.ok()) return grpc::Status::OK;
-  const google::rpc::Status rpc = ToRpcStatus(status);
+// The same code, message and details for the wire.
+inline grpc::Status ToGrpcStatus(const google::rpc::Status& rpc) {
   return grpc::Status(static_cast<grpc::StatusCode>(rpc.code()), rpc.message(),
                       rpc.details().empty() ? "" : rpc.SerializeAsString());
 }

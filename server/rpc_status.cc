@@ -48,7 +48,13 @@ google::rpc::Status ToRpcStatus(const absl::Status& status) {
       violation->set_description(std::string(parts.second));
       rpc.add_details()->PackFrom(bad_request);
     }
-  } else if (absl::IsResourceExhausted(status) || absl::IsUnavailable(status)) {
+  }
+  return rpc;
+}
+
+google::rpc::Status ToRefusal(const absl::Status& status) {
+  google::rpc::Status rpc = ToRpcStatus(status);
+  if (absl::IsResourceExhausted(status) || absl::IsUnavailable(status)) {
     google::rpc::RetryInfo retry;
     *retry.mutable_retry_delay() = ToProtoDuration(kRetryDelay);
     rpc.add_details()->PackFrom(retry);

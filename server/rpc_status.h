@@ -18,10 +18,12 @@ inline constexpr absl::Duration kRetryDelay = absl::Seconds(1);
 // Messages are cut here: a status travels in metadata, of which clients take 8 KiB.
 inline constexpr size_t kMaxMessageBytes = 1024;
 
-// The rich form of an error, for the trailer grpc-status-details-bin: code, message, and
-//   INVALID_ARGUMENT of the form "field.path: what is wrong": a BadRequest with that field;
-//   RESOURCE_EXHAUSTED, UNAVAILABLE: a RetryInfo of kRetryDelay.
+// The rich form of an error, for the trailer grpc-status-details-bin: code, message, and with
+// INVALID_ARGUMENT of the form "field.path: what is wrong" a BadRequest with that field.
 google::rpc::Status ToRpcStatus(const absl::Status& status);
+// The same for a call that was refused before anything came of it: RESOURCE_EXHAUSTED and
+// UNAVAILABLE are then of the moment, and come with a RetryInfo of kRetryDelay.
+google::rpc::Status ToRefusal(const absl::Status& status);
 
 google::protobuf::Duration ToProtoDuration(absl::Duration duration);
 

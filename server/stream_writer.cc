@@ -105,14 +105,16 @@ bool StreamWriter::OnDelta(const engine::Delta& delta) {
     absl::MutexLock lock(&mutex_);
     Count(delta);
     if (broken_) return true;  // The cancellation is on its way.
-    if (waiting_bytes_ > options_.max_waiting_bytes) {
+    if (waiting_bytes_ > options_.max_waiting_bytes + echo_bytes_) {
       // What waits can't be read in time anyway; the memory is needed more. Something waits only
       // behind a write, and flow control may keep that one for as long as the connection lives.
       Break();
       transport_->StartGrace();
       return false;
     }
+    const size_t before = waiting_bytes_;
     Append(delta);
+    if (delta.is_prompt) echo_bytes_ += waiting_bytes_ - before;
     call = NextCall();
   }
   Make(call);

@@ -58,7 +58,7 @@ class StreamWriter final : public engine::OutputSink {
     bool logprobs = false;
     int outputs = 1;         // How many Finished end the stream.
     bool keep_text = false;  // Collect the outputs for the log.
-    // OnDelta refuses once more than this waits.
+    // OnDelta refuses once more than this waits beside the prompt's echo, which comes at once.
     size_t max_waiting_bytes = 4 << 20;
     // Larger deltas are cut. gRPC clients take messages of 4 MiB unless told otherwise.
     size_t max_message_bytes = 1 << 20;
@@ -115,6 +115,7 @@ class StreamWriter final : public engine::OutputSink {
   // Oldest first. Few: the deltas of one output join, so that there are two or three per output.
   std::vector<Waiting> waiting_ ABSL_GUARDED_BY(mutex_);
   size_t waiting_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  size_t echo_bytes_ ABSL_GUARDED_BY(mutex_) = 0;       // Of all echoes so far.
   Waiting in_flight_ ABSL_GUARDED_BY(mutex_);           // Of the write under way.
   std::vector<Message> spare_ ABSL_GUARDED_BY(mutex_);  // Deltas that were written, for reuse.
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;

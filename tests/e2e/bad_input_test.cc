@@ -143,6 +143,22 @@ TEST_F(BadInputTest, ListsAreBounded) {
   EXPECT_EQ(blamed(request), "prompt");
 }
 
+// Not left to how quick the reader happens to be.
+TEST(EchoTest, ALongPromptIsEchoedToFewOutputs) {
+  TestServer server({.flags = {"--pool-memory=32MiB"}});
+  GenerateRequest request = RequestFor(std::string(4100, 'x'), 1);
+  request.mutable_output()->set_echo(true);
+  request.set_n(64);
+  const Generation refused = Generate(server.stub(), request);
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT)
+      << refused.status.error_message();
+  EXPECT_EQ(BlamedField(refused.status), "output.echo");
+  request.set_n(63);
+  const Generation served = Generate(server.stub(), request);
+  EXPECT_TRUE(served.ok()) << served.Describe();
+  EXPECT_EQ(served.outputs.back().token_ids.size(), 4101u);
+}
+
 TEST_F(BadInputTest, TokenizeAndDetokenizeBlameToo) {
   const auto tokenize = [](const std::string& text) {
     resa::v1::TokenizeRequest request;

@@ -110,6 +110,17 @@ TEST(DeadlineTest, HoldsInTheQueueToo) {
   EXPECT_TRUE(server.WaitForLoad([](const auto& load) { return load.waiting() == 0; }));
 }
 
+// What the details tell to wait before the next attempt; 0: they don't.
+int64_t RetrySeconds(const grpc::Status& status) {
+  google::rpc::Status rpc;
+  google::rpc::RetryInfo retry;
+  if (!rpc.ParseFromString(status.error_details()) || rpc.details_size() != 1 ||
+      !rpc.details(0).UnpackTo(&retry)) {
+    return 0;
+  }
+  return retry.retry_delay().seconds();
+}
+
 TEST(QueueTest, AFullQueueRefusesBeforeAnyMetadata) {
   TestServer server(RoomForEndless({"--max-sequences=1", "--max-waiting=1"}));
   RunningStream running(&server, EndlessRequest());
@@ -126,12 +137,7 @@ TEST(QueueTest, AFullQueueRefusesBeforeAnyMetadata) {
   const auto pushback = context.GetServerTrailingMetadata().find("grpc-retry-pushback-ms");
   ASSERT_NE(pushback, context.GetServerTrailingMetadata().end());
   EXPECT_EQ(std::string(pushback->second.data(), pushback->second.size()), "1000");
-  google::rpc::Status rpc;
-  ASSERT_TRUE(rpc.ParseFromString(refused.status.error_details()));
-  ASSERT_EQ(rpc.details_size(), 1);
-  google::rpc::RetryInfo retry;
-  ASSERT_TRUE(rpc.details(0).UnpackTo(&retry));
-  EXPECT_EQ(retry.retry_delay().seconds(), 1);
+  EXPECT_EQ(RetrySeconds(refused.status), 1);
 
   // The one that waits is served when its turn comes.
   running.context().TryCancel();
@@ -221,6 +227,7 @@ TEST(SlowReaderTest, OneThatNeverReadsLosesItsRequestThenItsStream) {
       EXPECT_THAT(LogLineOf(server, name, absl::Seconds(30)), HasSubstr("reads too slowly"));
     }
     const Generation result = ReadToEnd(stream.get());
+    EXPECT_EQ(result.status.error_details(), "") << "it may not simply try again";
     EXPECT_EQ(result.status.error_code(),
               reads_on ? grpc::StatusCode::RESOURCE_EXHAUSTED : grpc::StatusCode::CANCELLED);
   }
@@ -325,6 +332,7 @@ TEST(HealthTest, ComesUpWhenTheModelIsLoaded) {
   const Generation early = Generate(server.stub(), RequestFor("early", 5));
   EXPECT_EQ(early.status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_THAT(early.status.error_message(), HasSubstr("loading"));
+  EXPECT_EQ(RetrySeconds(early.status), 1);
   grpc::ClientContext model_context;
   resa::v1::GetModelResponse model;
   EXPECT_EQ(server.stub().GetModel(&model_context, {}, &model).error_code(),
@@ -454,6 +462,7 @@ TEST(DrainTest, WhatDoesNotFinishInTimeEndsWithUnavailable) {
   drain.join();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE) << status.error_message();
   EXPECT_THAT(status.error_message(), HasSubstr("shutting down"));
+  EXPECT_EQ(RetrySeconds(status), 0) << "half an answer came before";
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
 }
 

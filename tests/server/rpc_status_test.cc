@@ -28,15 +28,22 @@ TEST(RpcStatusTest, AMessageWithoutAFieldHasNoDetails) {
   EXPECT_EQ(ToRpcStatus(absl::InternalError("n: bad")).details_size(), 0);
 }
 
-TEST(RpcStatusTest, OverloadSaysWhenToComeBack) {
+TEST(RpcStatusTest, ARefusalForLoadSaysWhenToComeBack) {
   for (const absl::Status& status :
        {absl::ResourceExhaustedError("full"), absl::UnavailableError("draining")}) {
-    const google::rpc::Status rpc = ToRpcStatus(status);
+    const google::rpc::Status rpc = ToRefusal(status);
     ASSERT_EQ(rpc.details_size(), 1);
     google::rpc::RetryInfo retry;
     ASSERT_TRUE(rpc.details(0).UnpackTo(&retry));
     EXPECT_EQ(retry.retry_delay().seconds(), absl::ToInt64Seconds(kRetryDelay));
+    // In the middle of a stream the same codes promise nothing.
+    EXPECT_EQ(ToRpcStatus(status).details_size(), 0);
   }
+}
+
+TEST(RpcStatusTest, ARefusalOfSomethingWrongNamesTheFieldAndNoDelay) {
+  const absl::Status wrong = absl::InvalidArgumentError("n: 0 is not from 1 to 64");
+  EXPECT_EQ(ToRefusal(wrong).SerializeAsString(), ToRpcStatus(wrong).SerializeAsString());
 }
 
 TEST(RpcStatusTest, LongMessagesAreCutAtACodePoint) {

@@ -171,6 +171,19 @@ TEST_F(StreamWriterTest, AReaderThatFallsBehindTheBoundIsRefused) {
   EXPECT_EQ(transport_.abandoned, 0);
 }
 
+TEST_F(StreamWriterTest, AnEchoIsNoReadersFault) {
+  Start({.outputs = 2, .max_waiting_bytes = 1000});
+  writer_->OnAccepted(1, 0);
+  for (int index = 0; index < 2; ++index) {
+    engine::Delta echo = TextDelta(std::string(5000, 'p'), index);
+    echo.is_prompt = true;
+    EXPECT_TRUE(writer_->OnDelta(echo));
+  }
+  int taken = 0;
+  while (taken < 100 && writer_->OnDelta(TextDelta(std::string(100, 'x')))) ++taken;
+  EXPECT_EQ(taken, 11);
+}
+
 TEST_F(StreamWriterTest, ARefusedReaderThatDoesNotReadOnLosesItsStream) {
   Start({.max_waiting_bytes = 1000});
   writer_->OnAccepted(1, 0);

@@ -49,7 +49,7 @@ Engine::~Engine() {
 
 absl::StatusOr<RequestId> Engine::Submit(std::unique_ptr<Request> request) {
   RESA_CHECK(request->sink != nullptr);
-  absl::Status status = ValidateRequest(*request, options_.limits);
+  absl::Status status = ValidateRequest(*request, options_.limits, options_.eos_ids);
   if (status.ok() && tokenizer_ == nullptr && !request->stop.strings.empty()) {
     status = absl::InvalidArgumentError("stop.strings: this engine has no tokenizer");
   }

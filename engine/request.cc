@@ -59,13 +59,15 @@ absl::Status CheckLogitBias(const SamplingParams& sampling, int32_t vocab) {
 }
 
 // A request that bans every token could not be told from a model gone wrong later.
-absl::Status CheckSomethingIsLeft(const Request& request, int32_t vocab) {
+absl::Status CheckSomethingIsLeft(const Request& request, int32_t vocab,
+                                  absl::Span<const int32_t> eos_ids) {
   absl::flat_hash_set<int32_t> banned;
   for (const auto& [id, bias] : request.sampling.logit_bias) {
     if (std::isinf(bias)) banned.insert(id);
   }
   if (request.stop.min_tokens > 0) {
     banned.insert(request.stop.token_ids.begin(), request.stop.token_ids.end());
+    if (!request.stop.ignore_eos) banned.insert(eos_ids.begin(), eos_ids.end());
   }
   if (banned.size() < static_cast<size_t>(vocab)) return absl::OkStatus();
   return Invalid("sampling.logit_bias: every token of the vocabulary is banned");
@@ -165,13 +167,14 @@ absl::Status CheckOutput(const Request& request) {
 
 }  // namespace
 
-absl::Status ValidateRequest(const Request& request, const ModelLimits& limits) {
+absl::Status ValidateRequest(const Request& request, const ModelLimits& limits,
+                             absl::Span<const int32_t> eos_ids) {
   const int32_t vocab = limits.vocab_size;
   for (const absl::Status& status :
        {CheckLengths(request, limits), CheckTokens("prompt", request.prompt, vocab),
         CheckSampling(request.sampling, vocab), CheckStop(request.stop, vocab),
         CheckOutput(request), CheckTokens("forced_token_ids", request.forced_tokens, vocab),
-        CheckSomethingIsLeft(request, vocab)}) {
+        CheckSomethingIsLeft(request, vocab, eos_ids)}) {
     if (!status.ok()) return status;
   }
   if (absl::Status status = ValidatePolicy(request.attention); !status.ok()) {

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "engine/attention_policy.h"
 #include "engine/ids.h"
 
@@ -88,8 +89,10 @@ struct ModelLimits {
 };
 
 // INVALID_ARGUMENT, with the field as a path ("sampling.top_p") in front of the message: the
-// message has the form "field: what is wrong and what is accepted".
-absl::Status ValidateRequest(const Request& request, const ModelLimits& limits);
+// message has the form "field: what is wrong and what is accepted". `eos_ids` end an output unless
+// the request ignores them.
+absl::Status ValidateRequest(const Request& request, const ModelLimits& limits,
+                             absl::Span<const int32_t> eos_ids);
 
 // Output tokens that this request may have at most, given its prompt: the smallest of max_tokens,
 // what the context leaves, and what the pool leaves. REQUIRES a validated request.

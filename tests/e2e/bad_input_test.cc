@@ -1,6 +1,8 @@
 // Whatever a client can get wrong, field by field: a status that names the field, and a daemon that
 // goes on.
 
+#include <limits>
+
 #include "gmock/gmock.h"
 #include "google/protobuf/text_format.h"
 #include "google/rpc/error_details.pb.h"
@@ -141,6 +143,25 @@ TEST_F(BadInputTest, ListsAreBounded) {
   EXPECT_EQ(blamed(request), "prompt");
   request = {};
   EXPECT_EQ(blamed(request), "prompt");
+}
+
+TEST_F(BadInputTest, BanningAllButTheEndIsBlamedWhileTheEndIsBannedToo) {
+  GenerateRequest request = RequestFor("good", 5);
+  request.mutable_stop()->set_ignore_eos(false);
+  request.mutable_stop()->set_min_tokens(1);
+  for (int id = 0; id < kModelVocabSize; ++id) {
+    if (id == kEosToken) continue;
+    (*request.mutable_sampling()->mutable_logit_bias())[id] =
+        -std::numeric_limits<float>::infinity();
+  }
+  const Generation refused = Generate(server_->stub(), request);
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT)
+      << refused.status.error_message();
+  EXPECT_EQ(BlamedField(refused.status), "sampling.logit_bias");
+  request.mutable_stop()->set_min_tokens(0);
+  const Generation served = Generate(server_->stub(), request);
+  EXPECT_TRUE(served.ok()) << served.Describe();
+  EXPECT_EQ(served.outputs[0].token_ids.size(), 1u);
 }
 
 // Not left to how quick the reader happens to be.

@@ -24,8 +24,12 @@ Request ValidRequest() {
   return request;
 }
 
+absl::Status Validate(const Request& request, const ModelLimits& limits = Limits()) {
+  return ValidateRequest(request, limits, /*eos_ids=*/{});
+}
+
 TEST(RequestTest, AcceptsDefaultsAndTheEndsOfEveryRange) {
-  EXPECT_TRUE(ValidateRequest(ValidRequest(), Limits()).ok());
+  EXPECT_TRUE(Validate(ValidRequest()).ok());
   Request request = ValidRequest();
   request.sampling = {.temperature = 100,
                       .top_k = 1 << 30,
@@ -45,7 +49,7 @@ TEST(RequestTest, AcceptsDefaultsAndTheEndsOfEveryRange) {
   request.forced_tokens = std::vector<int32_t>(45, 99);
   request.n = kMaxOutputs;
   request.priority = kMinPriority;
-  EXPECT_EQ(ValidateRequest(request, Limits()), absl::OkStatus());
+  EXPECT_EQ(Validate(request), absl::OkStatus());
 }
 
 struct BadCase {
@@ -139,7 +143,7 @@ TEST(RequestTest, NamesTheFieldThatIsWrong) {
   for (const BadCase& bad : BadCases()) {
     Request request = ValidRequest();
     bad.change(&request);
-    const absl::Status status = ValidateRequest(request, Limits());
+    const absl::Status status = Validate(request);
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << bad.field;
     EXPECT_THAT(std::string(status.message()), StartsWith(bad.field));
   }
@@ -151,21 +155,44 @@ TEST(RequestTest, RefusesToBanTheWholeVocabulary) {
   Request request = ValidRequest();
   request.prompt = {0};
   request.sampling.logit_bias = {{0, -kInfinity}, {1, -kInfinity}, {2, -kInfinity}};
-  EXPECT_TRUE(ValidateRequest(request, limits).ok());
+  EXPECT_TRUE(Validate(request, limits).ok());
   request.stop.token_ids = {3};
-  EXPECT_TRUE(ValidateRequest(request, limits).ok());
+  EXPECT_TRUE(Validate(request, limits).ok());
   request.stop.min_tokens = 1;  // Now the stop token is banned too.
-  EXPECT_THAT(std::string(ValidateRequest(request, limits).message()), HasSubstr("every token"));
+  EXPECT_THAT(std::string(Validate(request, limits).message()), HasSubstr("every token"));
+  // So is the end of sequence, unless it is ignored.
+  request.stop.token_ids.clear();
+  EXPECT_TRUE(Validate(request, limits).ok());
+  const auto with_eos = [&] { return ValidateRequest(request, limits, /*eos_ids=*/{3}); };
+  EXPECT_THAT(std::string(with_eos().message()), HasSubstr("every token"));
+  request.stop.ignore_eos = true;
+  EXPECT_TRUE(with_eos().ok());
+  request.stop = StopCriteria();
+  EXPECT_TRUE(with_eos().ok());
+}
+
+TEST(RequestTest, BoundsWhatSeveralOutputsEcho) {
+  const ModelLimits limits = {.vocab_size = 100, .max_context = 1 << 20, .pool_tokens = 1 << 20};
+  Request request = ValidRequest();
+  request.prompt.assign(kMaxEchoTokens / 2, 1);
+  request.output.echo = true;
+  request.n = 2;
+  EXPECT_EQ(Validate(request, limits), absl::OkStatus());
+  request.prompt.push_back(1);
+  EXPECT_THAT(std::string(Validate(request, limits).message()), StartsWith("output.echo: "));
+  request.n = 1;
+  request.prompt.resize(kMaxEchoTokens + 1);
+  EXPECT_EQ(Validate(request, limits), absl::OkStatus());
 }
 
 TEST(RequestTest, SaysWhichLimitIsTooTight) {
   Request request = ValidRequest();
   request.stop.max_tokens = 60;
-  EXPECT_THAT(std::string(ValidateRequest(request, Limits()).message()),
+  EXPECT_THAT(std::string(Validate(request).message()),
               ::testing::AllOf(HasSubstr("the context holds 50 tokens"), HasSubstr("leaves 45")));
   ModelLimits small_pool = Limits();
   small_pool.pool_tokens = 32;
-  EXPECT_THAT(std::string(ValidateRequest(request, small_pool).message()),
+  EXPECT_THAT(std::string(Validate(request, small_pool).message()),
               ::testing::AllOf(HasSubstr("the KV pool holds 32 tokens"), HasSubstr("leaves 27")));
 }
 

@@ -51,7 +51,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
   }
   const resa::engine::ModelLimits& limits = server->model.limits;
-  const absl::Status valid = resa::engine::ValidateRequest(**request, limits);
+  const absl::Status valid = resa::engine::ValidateRequest(**request, limits, /*eos_ids=*/{});
   if (!valid.ok()) {
     RESA_CHECK(resa::NamesAField(valid.message())) << valid;
     return 0;

@@ -62,6 +62,8 @@ absl::StatusOr<RequestId> Engine::Submit(std::unique_ptr<Request> request) {
   return id;
 }
 
+absl::Status Engine::CheckRoom() const { return inbox_.CheckRoom(); }
+
 void Engine::Cancel(RequestId id) { inbox_.PushCancel(id); }
 
 EngineLoad Engine::Load() const {

@@ -49,6 +49,8 @@ class Engine {
   // is out of range, or the request can never fit; RESOURCE_EXHAUSTED: the queue is full;
   // UNAVAILABLE: draining. Sets request.arrival and request.id.
   absl::StatusOr<RequestId> Submit(std::unique_ptr<Request> request);
+  // Whether Submit has room at this moment, by its errors: to be asked before a request is made.
+  absl::Status CheckRoom() const;
   // Ends the request with CANCELLED within one step. Unknown or finished ids are ignored.
   void Cancel(RequestId id);
   // The clock that deadlines are told by.

@@ -3,19 +3,30 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "engine/status_macros.h"
 #include "kernels/check.h"
 
 namespace resa::engine {
 
 Inbox::Inbox(int32_t max_waiting) : max_waiting_(max_waiting) { RESA_CHECK(max_waiting > 0); }
 
-absl::Status Inbox::Push(std::unique_ptr<Request> request) {
-  absl::MutexLock lock(&mutex_);
+absl::Status Inbox::CheckRoomLocked() const {
   if (closed_) return absl::UnavailableError("the server is shutting down; try another replica");
   if (waiting_ >= max_waiting_) {
     return absl::ResourceExhaustedError(
         absl::StrFormat("%d requests are waiting already; try again later", waiting_));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Inbox::CheckRoom() const {
+  absl::MutexLock lock(&mutex_);
+  return CheckRoomLocked();
+}
+
+absl::Status Inbox::Push(std::unique_ptr<Request> request) {
+  absl::MutexLock lock(&mutex_);
+  RESA_RETURN_IF_ERROR(CheckRoomLocked());
   ++waiting_;
   ++unread_;
   mail_.requests.push_back(std::move(request));

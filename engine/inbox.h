@@ -33,6 +33,8 @@ class Inbox {
   // RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE when closed; the request is then
   // destroyed without its sink being called.
   absl::Status Push(std::unique_ptr<Request> request);
+  // What Push would say of a request at this moment.
+  absl::Status CheckRoom() const;
   void PushCancel(RequestId id);
   void PushAbortAll();
   // Push refuses from now on.
@@ -51,6 +53,8 @@ class Inbox {
   void Wake();
 
  private:
+  absl::Status CheckRoomLocked() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+
   const int32_t max_waiting_;
   mutable absl::Mutex mutex_;
   Mail mail_ ABSL_GUARDED_BY(mutex_);

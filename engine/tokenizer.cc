@@ -29,17 +29,20 @@ struct Tokenizer::Scratch {
   std::string valid_text;
 };
 
-// Takes a scratch from the pool, or makes one, and gives it back.
+// Takes a scratch from the pool, or makes one, and gives it back. Its buffers grow with the text,
+// so that of a giant is not kept.
 class Tokenizer::ScratchLease {
  public:
-  explicit ScratchLease(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {
+  ScratchLease(const Tokenizer& tokenizer, size_t text_bytes)
+      : tokenizer_(tokenizer), pooled_(text_bytes <= kPooledTextBytes) {
+    if (!pooled_) return;
     absl::MutexLock lock(&tokenizer_.mutex_);
     if (tokenizer_.idle_.empty()) return;
     scratch_ = std::move(tokenizer_.idle_.back());
     tokenizer_.idle_.pop_back();
   }
   ~ScratchLease() {
-    if (scratch_ == nullptr) return;
+    if (scratch_ == nullptr || !pooled_) return;
     absl::MutexLock lock(&tokenizer_.mutex_);
     tokenizer_.idle_.push_back(std::move(scratch_));
   }
@@ -50,6 +53,7 @@ class Tokenizer::ScratchLease {
 
  private:
   const Tokenizer& tokenizer_;
+  const bool pooled_;
   std::unique_ptr<Scratch> scratch_;
 };
 
@@ -158,13 +162,16 @@ absl::Status Tokenizer::AddTokens(std::vector<std::string>* spelling) {
     normalized_matcher_.Add(pattern.text, &token);
     (*spelling)[token.id] = std::string(pattern.text);
   }
+  for (const std::string& token : tokens_) {
+    max_token_bytes_ = std::max(max_token_bytes_, token.size());
+  }
   return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<int32_t>> Tokenizer::Encode(absl::string_view text,
                                                        EncodeOptions options) const {
   RESA_RETURN_IF_ERROR(CheckSize(text.size()));
-  ScratchLease lease(*this);
+  ScratchLease lease(*this, text.size());
   Scratch& scratch = lease.get();
   std::vector<int32_t> ids;
   if (options.add_special_tokens) ids = parts_.prefix;
@@ -177,7 +184,10 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::Encode(absl::string_view text,
 }
 
 absl::StatusOr<std::vector<int32_t>> Tokenizer::EncodeParts(absl::Span<const Part> parts) const {
-  ScratchLease lease(*this);
+  size_t bytes = 0;
+  for (const Part& part : parts) bytes += part.text.size();
+  RESA_RETURN_IF_ERROR(CheckSize(bytes));
+  ScratchLease lease(*this, bytes);
   Scratch& scratch = lease.get();
   // The added token at a position, which may swallow the white space beside it.
   const auto added_token = [&](size_t i) -> const AddedToken* {
@@ -190,15 +200,12 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::EncodeParts(absl::Span<const Par
     if (part.token.has_value()) control_ids.insert(*part.token);
   }
   std::vector<int32_t> ids;
-  size_t bytes = 0;
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].token.has_value()) {
       RESA_CHECK(IdToToken(*parts[i].token).has_value()) << "no token has this id";
       ids.push_back(*parts[i].token);
       continue;
     }
-    bytes += parts[i].text.size();
-    RESA_RETURN_IF_ERROR(CheckSize(bytes));
     absl::string_view text = ValidText(parts[i].text, &scratch.valid_text);
     const AddedToken* before = i > 0 ? added_token(i - 1) : nullptr;
     const AddedToken* after = added_token(i + 1);

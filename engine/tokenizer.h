@@ -50,9 +50,10 @@ struct TokenizerParts {
 // else that is in the file and not implemented is refused when loading, by name.
 //
 // Immutable and thread-safe. Calls borrow their buffers from a pool inside, which grows to as many
-// (about 1 MiB each) as calls ever ran at once.
+// (about 2 MiB each) as calls ever ran at once; a text beyond kPooledTextBytes gets its own.
 class Tokenizer {
  public:
+  static constexpr size_t kPooledTextBytes = size_t{256} << 10;
   // Texts and files beyond these are refused.
   static constexpr size_t kMaxTextBytes = size_t{256} << 20;
   static constexpr size_t kMaxFileBytes = size_t{256} << 20;
@@ -107,6 +108,9 @@ class Tokenizer {
   // normalised is skipped, too (the library, which compares spellings, keeps it).
   std::string Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
 
+  // The longest spelling in the vocabulary. No token stands for more bytes of text, the unknown
+  // token and those that swallow white space apart.
+  size_t max_token_bytes() const { return max_token_bytes_; }
   // Largest id + 1. A model's logits may have more columns than that, never fewer.
   int32_t vocab_size() const { return static_cast<int32_t>(tokens_.size()); }
   std::optional<int32_t> bos_id() const { return parts_.bos_id; }
@@ -134,6 +138,7 @@ class Tokenizer {
   TokenizerParts parts_;
   std::vector<std::string> tokens_;  // By id: the model's, overlaid by the added ones.
   std::vector<bool> special_;        // By id.
+  size_t max_token_bytes_ = 0;
   absl::flat_hash_map<absl::string_view, const AddedToken*> added_by_content_;
   absl::flat_hash_map<int32_t, const AddedToken*> added_by_id_;
   AddedTokenMatcher matcher_;             // Of the raw text.

@@ -79,6 +79,8 @@ void GenerateReactor::Start(const resa::v1::GenerateRequest& request, const Serv
 
 absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::GenerateRequest& request,
                                                           const ServedModel& model) {
+  // First, since a long prompt is work and who finds no room will come again.
+  RESA_RETURN_IF_ERROR(engine_->CheckRoom());
   RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random_));
   engine_request->client_request_id = name_;
   engine_request->deadline = Deadline(*context_, engine_->Now());

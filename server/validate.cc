@@ -31,10 +31,20 @@ absl::Status CheckTokenIds(absl::string_view field, const Ids& ids, const Served
   return absl::OkStatus();
 }
 
+// Refuses a text that no context can hold before any work is done on it.
+absl::Status CheckTextBytes(absl::string_view field, size_t bytes, const ServedModel& model) {
+  const size_t token_bytes = model.tokenizer->max_token_bytes();
+  const size_t most = static_cast<size_t>(model.limits.max_context) * token_bytes;
+  if (bytes <= most) return absl::OkStatus();
+  return Invalid(field, ": ", bytes, " bytes; at most ", most, " are taken, which are ",
+                 model.limits.max_context, " tokens of ", token_bytes, " bytes, the longest");
+}
+
 // The fields that GenerateRequest and TokenizeRequest share.
 template <typename Request>
 absl::StatusOr<std::vector<int32_t>> EncodeText(const Request& request, const ServedModel& model) {
   if (request.text().empty()) return Invalid("text: must not be empty");
+  RESA_RETURN_IF_ERROR(CheckTextBytes("text", request.text().size(), model));
   engine::Tokenizer::EncodeOptions options;
   if (request.has_add_special_tokens()) options.add_special_tokens = request.add_special_tokens();
   if (request.has_parse_special_tokens()) options.parse_special = request.parse_special_tokens();
@@ -58,6 +68,9 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const resa::v1::ChatPrompt& chat
                                                 const ServedModel& model) {
   if (!model.chat_format.has_value()) return Invalid("chat: ", model.chat_refusal);
   if (chat.messages().empty()) return Invalid("chat.messages: must hold at least one message");
+  size_t bytes = 0;
+  for (const resa::v1::ChatMessage& message : chat.messages()) bytes += message.content().size();
+  RESA_RETURN_IF_ERROR(CheckTextBytes("chat.messages", bytes, model));
   std::vector<engine::ChatMessage> messages;
   messages.reserve(chat.messages_size());
   for (const resa::v1::ChatMessage& message : chat.messages()) {
@@ -194,6 +207,10 @@ absl::StatusOr<std::vector<int32_t>> Tokenize(const resa::v1::TokenizeRequest& r
 
 absl::StatusOr<std::string> Detokenize(const resa::v1::DetokenizeRequest& request,
                                        const ServedModel& model) {
+  if (request.token_ids_size() > model.limits.max_context) {
+    return Invalid("token_ids: ", request.token_ids_size(), " ids; at most ",
+                   model.limits.max_context, " are taken, a whole context");
+  }
   RESA_RETURN_IF_ERROR(CheckTokenIds("token_ids", request.token_ids(), model));
   const std::vector<int32_t> ids(request.token_ids().begin(), request.token_ids().end());
   return model.tokenizer->Decode(ids, /*skip_special_tokens=*/!request.keep_special_tokens());

@@ -138,6 +138,9 @@ TEST(QueueTest, AFullQueueRefusesBeforeAnyMetadata) {
   ASSERT_NE(pushback, context.GetServerTrailingMetadata().end());
   EXPECT_EQ(std::string(pushback->second.data(), pushback->second.size()), "1000");
   EXPECT_EQ(RetrySeconds(refused.status), 1);
+  // Before any work is done on its prompt, even to find it wrong.
+  const Generation wrong = Generate(server.stub(), RequestFor("", 5));
+  EXPECT_EQ(wrong.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
 
   // The one that waits is served when its turn comes.
   running.context().TryCancel();

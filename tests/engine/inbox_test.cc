@@ -48,12 +48,14 @@ TEST(InboxTest, RefusesWhenFullUntilOneLeavesTheQueue) {
   const absl::Status full = inbox.Push(RequestWithId(3));
   EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(full.message(), HasSubstr("2 requests are waiting"));
+  EXPECT_EQ(inbox.CheckRoom(), full);
 
   // Being taken is not leaving: the queue is what has not begun to run.
   Mail mail;
   inbox.Take(&mail);
   EXPECT_FALSE(inbox.Push(RequestWithId(3)).ok());
   inbox.OneLeftQueue();
+  EXPECT_TRUE(inbox.CheckRoom().ok());
   EXPECT_TRUE(inbox.Push(RequestWithId(3)).ok());
   EXPECT_FALSE(inbox.Push(RequestWithId(4)).ok());
 }

@@ -1,5 +1,8 @@
 #include "engine/tokenizer.h"
 
+#include <malloc.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -47,6 +50,42 @@ TEST(TokenizerTest, ByteLevelGivesEveryTextBack) {
       // "<mask>" and the like don't occur in random text, so nothing is swallowed.
       EXPECT_EQ(tokenizer->Decode(ids, false), text) << absl::CHexEscape(text);
     }
+  }
+}
+
+TEST(TokenizerTest, AGiantTextLeavesNoMemoryBehind) {
+  const auto tokenizer = testing::LoadTestTokenizer("gpt2");
+  const auto bytes_in_use = [] {
+    const struct mallinfo2 info = mallinfo2();
+    return static_cast<int64_t>(info.uordblks + info.hblkhd);
+  };
+  Encode(*tokenizer, "warm");
+  const int64_t before = bytes_in_use();
+  Encode(*tokenizer, std::string(8 << 20, 'x'));
+  EXPECT_LT(bytes_in_use() - before, 1 << 20);
+  // That of an ordinary one is kept for the next, and is what the header says.
+  std::string text;
+  while (text.size() < Tokenizer::kPooledTextBytes) text += "an ordinary text ";
+  text.resize(Tokenizer::kPooledTextBytes);
+  Encode(*tokenizer, text);
+  EXPECT_LT(bytes_in_use() - before, 2 << 20);
+}
+
+TEST(TokenizerTest, NoTokenStandsForMoreThanTheLongest) {
+  std::mt19937_64 rng(1);
+  for (const std::string& name : testing::TestTokenizerNames()) {
+    SCOPED_TRACE(name);
+    const auto tokenizer = testing::LoadTestTokenizer(name);
+    size_t longest = 0;
+    for (int32_t id = 0; id < tokenizer->vocab_size(); ++id) {
+      longest = std::max(longest, tokenizer->IdToToken(id).value_or("").size());
+    }
+    EXPECT_EQ(tokenizer->max_token_bytes(), longest);
+  }
+  const auto tokenizer = testing::LoadTestTokenizer("gpt2");
+  for (int round = 0; round < 100; ++round) {
+    const std::string text = testing::RandomText(rng, 1 + rng() % 50);
+    EXPECT_LE(text.size(), Encode(*tokenizer, text).size() * tokenizer->max_token_bytes());
   }
 }
 

@@ -32,6 +32,7 @@ class ValidateTest : public ::testing::Test {
     model_.tokenizer = tokenizer_.get();
     model_.chat_format = engine::ChatFormat::kChatMl;
     model_.limits.vocab_size = kModelVocabSize;
+    model_.limits.max_context = 100;
     model_.default_attention.keep_ratio = 0.3;
     model_.default_attention.sink_tokens = 5;
   }
@@ -45,6 +46,30 @@ class ValidateTest : public ::testing::Test {
   std::unique_ptr<const engine::Tokenizer> tokenizer_;
   ServedModel model_;
 };
+
+TEST_F(ValidateTest, WhatNoContextHoldsIsRefusedUnseen) {
+  const size_t most = 100 * tokenizer_->max_token_bytes();
+  const auto error = [&](const auto& result) { return std::string(result.status().message()); };
+  GenerateRequest request;
+  request.set_text(std::string(most, 'x'));
+  EXPECT_TRUE(ToEngineRequest(request, model_, kRandomSeed).ok());
+  request.mutable_text()->push_back('x');
+  EXPECT_THAT(error(ToEngineRequest(request, model_, kRandomSeed)), StartsWith("text: "));
+  resa::v1::TokenizeRequest tokenize;
+  tokenize.set_text(request.text());
+  EXPECT_THAT(error(Tokenize(tokenize, model_)), StartsWith("text: "));
+  for (int i = 0; i < 2; ++i) {
+    resa::v1::ChatMessage* message = tokenize.mutable_chat()->add_messages();
+    message->set_role("user");
+    message->set_content(std::string(most / 2 + 1, 'x'));
+  }
+  EXPECT_THAT(error(Tokenize(tokenize, model_)), StartsWith("chat.messages: "));
+  resa::v1::DetokenizeRequest detokenize;
+  for (int i = 0; i < 100; ++i) detokenize.add_token_ids(kTheToken);
+  EXPECT_TRUE(Detokenize(detokenize, model_).ok());
+  detokenize.add_token_ids(kTheToken);
+  EXPECT_THAT(error(Detokenize(detokenize, model_)), StartsWith("token_ids: 101 ids"));
+}
 
 TEST_F(ValidateTest, UnsetFieldsGetTheirDefaults) {
   const auto request = Convert("text: 'the'");

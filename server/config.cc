@@ -130,9 +130,13 @@ absl::StatusOr<ServerConfig> ReadConfigFile(const std::string& path) {
   return settings;
 }
 
-constexpr int32_t kMaxThreads = 1024;
-
 // ---- resolving --------------------------------------------------------------------------------
+
+// Far above what any machine serves well, and low enough that buffers sized by them can be had.
+constexpr int32_t kMaxThreads = 1024;
+constexpr int32_t kMaxSequences = 4096;
+constexpr int32_t kMaxStepTokens = 1 << 16;
+constexpr int32_t kMaxWaiting = 1 << 16;
 
 absl::Status CheckAddress(absl::string_view flag, absl::string_view address) {
   const size_t colon = address.rfind(':');
@@ -156,6 +160,19 @@ absl::StatusOr<size_t> Choose(absl::string_view flag, absl::string_view value,
 absl::StatusOr<int32_t> AtLeast(absl::string_view flag, int32_t value, int32_t least) {
   if (value >= least) return value;
   return Invalid("--", flag, ": ", value, " is not at least ", least);
+}
+
+absl::StatusOr<int32_t> InRange(absl::string_view flag, int32_t value, int32_t least,
+                                int32_t most) {
+  if (value >= least && value <= most) return value;
+  return Invalid("--", flag, ": ", value, " is not from ", least, " to ", most);
+}
+
+// "keep_ratio: ..." with the name of the flag in front: "--keep-ratio: ...".
+absl::Status AsFlag(const absl::Status& status) {
+  const std::pair<std::string, std::string> parts =
+      absl::StrSplit(status.message(), absl::MaxSplits(':', 1));
+  return Invalid("--", absl::StrReplaceAll(parts.first, {{"_", "-"}}), ":", parts.second);
 }
 
 absl::StatusOr<ModelOptions> ResolveModel(const ServerConfig& settings) {
@@ -207,10 +224,7 @@ absl::StatusOr<DeviceOptions> ResolveDevice(const ServerConfig& settings) {
   }
   device.deterministic = settings.deterministic();
   if (settings.has_threads()) {
-    device.threads = settings.threads();
-    if (device.threads < 1 || device.threads > kMaxThreads) {
-      return Invalid("--threads: ", device.threads, " is not from 1 to ", kMaxThreads);
-    }
+    RESA_ASSIGN_OR_RETURN(device.threads, InRange("threads", settings.threads(), 1, kMaxThreads));
   }
   const std::string bf16 = settings.has_cpu_bf16() ? settings.cpu_bf16() : "auto";
   RESA_ASSIGN_OR_RETURN(const size_t bf16_choice, Choose("cpu-bf16", bf16, {"auto", "off"}));
@@ -288,16 +302,21 @@ absl::StatusOr<LimitOptions> ResolveLimits(const ServerConfig& settings) {
   }
   RESA_ASSIGN_OR_RETURN(
       limits.max_sequences,
-      AtLeast("max-sequences", settings.has_max_sequences() ? settings.max_sequences() : 64, 1));
+      InRange("max-sequences", settings.has_max_sequences() ? settings.max_sequences() : 64, 1,
+              kMaxSequences));
   RESA_ASSIGN_OR_RETURN(
       limits.max_waiting,
-      AtLeast("max-waiting", settings.has_max_waiting() ? settings.max_waiting() : 256, 1));
-  limits.max_step_tokens = settings.has_max_step_tokens() ? settings.max_step_tokens() : 512;
+      InRange("max-waiting", settings.has_max_waiting() ? settings.max_waiting() : 256, 1,
+              kMaxWaiting));
+  RESA_ASSIGN_OR_RETURN(
+      limits.max_step_tokens,
+      InRange("max-step-tokens", settings.has_max_step_tokens() ? settings.max_step_tokens() : 512,
+              1, kMaxStepTokens));
   engine::SchedulerLimits scheduler;
   scheduler.max_step_tokens = limits.max_step_tokens;
   scheduler.max_sequences = limits.max_sequences;
   if (absl::Status status = engine::ValidateLimits(scheduler); !status.ok()) {
-    return Invalid("--max-step-tokens: ", status.message());
+    return Invalid(AsFlag(status).message(), "; raise it or lower --max-sequences");
   }
   return limits;
 }
@@ -321,12 +340,7 @@ absl::StatusOr<AttentionOptions> ResolveAttention(const ServerConfig& settings, 
   if (settings.has_local_tokens()) policy.local_tokens = settings.local_tokens();
   if (settings.has_sink_tokens()) policy.sink_tokens = settings.sink_tokens();
   if (settings.has_rectify_interval()) policy.rectify_interval = settings.rectify_interval();
-  if (absl::Status status = engine::ValidatePolicy(policy); !status.ok()) {
-    // "keep_ratio: ..." becomes the flag's name.
-    const std::pair<std::string, std::string> parts =
-        absl::StrSplit(status.message(), absl::MaxSplits(':', 1));
-    return Invalid("--", absl::StrReplaceAll(parts.first, {{"_", "-"}}), ":", parts.second);
-  }
+  if (absl::Status status = engine::ValidatePolicy(policy); !status.ok()) return AsFlag(status);
   if (settings.has_sparse_from()) {
     RESA_ASSIGN_OR_RETURN(attention.sparse_from, AtLeast("sparse-from", settings.sparse_from(), 0));
   }

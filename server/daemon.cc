@@ -14,6 +14,7 @@
 #include "server/generate_service.h"
 #include "server/grpc_settings.h"
 #include "server/http_server.h"
+#include "server/listen_address.h"
 
 namespace resa::server {
 namespace {
@@ -71,7 +72,23 @@ Daemon::Daemon(const Config& config, std::shared_ptr<spdlog::logger> logger)
 
 Daemon::~Daemon() { Shutdown(absl::ZeroDuration()); }
 
+absl::Status Daemon::CheckAddresses(const ListenOptions& listen, spdlog::logger* logger) {
+  const absl::StatusOr<Reach> reach = ResolveListenAddress(listen.grpc_address);
+  if (!reach.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("--listen: ", reach.status().message()));
+  }
+  if (*reach == Reach::kNetwork) {
+    logger->warn(
+        "--listen: {} can be reached from the network, without encryption and by anyone; let a "
+        "proxy or a service mesh see to TLS and to who may call",
+        listen.grpc_address);
+  }
+  return listen.http_address.empty() ? absl::OkStatus()
+                                     : HttpServer::CheckAddress(listen.http_address);
+}
+
 absl::Status Daemon::Listen() {
+  RESA_RETURN_IF_ERROR(CheckAddresses(config_.listen, logger_.get()));
   grpc::ServerBuilder builder;
   ApplyGrpcSettings(&builder);
   builder.AddListeningPort(config_.listen.grpc_address, grpc::InsecureServerCredentials(),

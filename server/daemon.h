@@ -24,7 +24,10 @@ namespace resa::server {
 // Methods are called by one thread.
 class Daemon {
  public:
-  // UNAVAILABLE, naming the flag, when an address cannot be had.
+  // Whether the addresses are such as can be listened on, free or taken. INVALID_ARGUMENT, naming
+  // the flag, when not. Warns of what everyone on the network could reach.
+  static absl::Status CheckAddresses(const ListenOptions& listen, spdlog::logger* logger);
+  // INVALID_ARGUMENT or UNAVAILABLE, naming the flag, when an address cannot be had.
   static absl::StatusOr<std::unique_ptr<Daemon>> Create(const Config& config,
                                                         std::shared_ptr<spdlog::logger> logger);
   // Drains without waiting, if Drain was not called.

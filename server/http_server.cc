@@ -1,5 +1,7 @@
 #include "server/http_server.h"
 
+#include <arpa/inet.h>
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -9,6 +11,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "civetweb.h"
+#include "engine/status_macros.h"
 
 namespace resa::server {
 
@@ -69,7 +72,29 @@ int OnLogMessage(const mg_connection* /*connection*/, const char* message) {
   return 1;
 }
 
+// civetweb takes addresses, not names.
+std::string WithoutName(const std::string& address) {
+  absl::string_view port = address;
+  return absl::ConsumePrefix(&port, "localhost:") ? absl::StrCat("127.0.0.1:", port) : address;
+}
+
+// The address itself, as "::1" or "127.0.0.1".
+std::string HostOf(const std::string& address) {
+  absl::string_view host = absl::string_view(address).substr(0, address.rfind(':'));
+  if (absl::ConsumePrefix(&host, "[")) absl::ConsumeSuffix(&host, "]");
+  return std::string(host);
+}
+
 }  // namespace
+
+absl::Status HttpServer::CheckAddress(const std::string& address) {
+  const std::string host = HostOf(WithoutName(address));
+  in6_addr ignored = {};
+  if (inet_pton(AF_INET, host.c_str(), &ignored) == 1) return absl::OkStatus();
+  if (inet_pton(AF_INET6, host.c_str(), &ignored) == 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--http-listen: '", host, "' is neither an IP address nor localhost"));
+}
 
 // civetweb sees the wish to stop only when its wait for connections ends, which takes up to two
 // seconds on its own. So somebody connects.
@@ -93,13 +118,9 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(
   auto listener = std::make_unique<Listener>();
   listener->handlers = std::move(handlers);
 
-  // civetweb takes addresses, not names.
-  std::string port = address;
-  absl::string_view name = address;
-  if (absl::ConsumePrefix(&name, "localhost:")) port = absl::StrCat("127.0.0.1:", name);
-  listener->host = port.substr(0, port.rfind(':'));
-  if (listener->host.starts_with('['))
-    listener->host = listener->host.substr(1, listener->host.size() - 2);
+  RESA_RETURN_IF_ERROR(CheckAddress(address));
+  const std::string port = WithoutName(address);
+  listener->host = HostOf(port);
   // A connection that sends half a request holds a thread until its time is up. So there are more
   // threads than monitors, and little time.
   const char* options[] = {

@@ -27,6 +27,8 @@ class HttpServer {
   // serves exactly these paths. UNAVAILABLE when the address cannot be had.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const std::string& address,
                                                            std::map<std::string, Handler> handlers);
+  // What Start cannot listen on whoever else does: INVALID_ARGUMENT.
+  static absl::Status CheckAddress(const std::string& address);
   // Waits for requests in progress.
   ~HttpServer();
 

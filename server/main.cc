@@ -127,6 +127,9 @@ class SignalWaiter {
 };
 
 int Check(const Config& config, spdlog::logger* logger) {
+  if (const absl::Status status = Daemon::CheckAddresses(config.listen, logger); !status.ok()) {
+    return Fail(status);
+  }
   OpsOr ops = MakeOps(config.device, logger);
   if (!ops.ok()) return Fail(ops.status());
   const auto stack = ServingStack::Load(config, *std::move(ops), /*observer=*/nullptr, logger);

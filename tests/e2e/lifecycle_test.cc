@@ -314,6 +314,20 @@ HealthCheckResponse::ServingStatus Check(TestServer* server, const std::string& 
   return response.status();
 }
 
+TEST(LogTest, WarnsOfAnAddressThatTheNetworkReaches) {
+  const auto warnings = [](const std::string& host) {
+    TestServer server({.flags = {"--listen=" + host + ":0"}, .load = false});
+    int found = 0;
+    for (const std::string& line : server.LogLines()) {
+      found += line.find("can be reached from the network, without encryption") != line.npos;
+    }
+    return found;
+  };
+  EXPECT_EQ(warnings("0.0.0.0"), 1);
+  EXPECT_EQ(warnings("127.0.0.1"), 0);
+  EXPECT_EQ(warnings("localhost"), 0);
+}
+
 TEST(HealthTest, TellsTheStateOfProcessAndServiceApart) {
   TestServer server;
   EXPECT_EQ(Check(&server, ""), HealthCheckResponse::SERVING);

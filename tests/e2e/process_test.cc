@@ -131,6 +131,11 @@ TEST_F(ProcessTest, WrongSettingsAndModelsEndItWithOneLine) {
       {{"--model=" + broken.path()}, "config.json"},
       {{model(), "--max-context=200000"}, "resad: --max-context: the model was made for 131072"},
       {{model(), "--pool-memory=1KiB"}, "resad: --pool-memory: 1.0 KiB is less than one page"},
+      {{model(), "--listen=no.such.host.invalid:1"},
+       "resad: --listen: cannot resolve 'no.such.host.invalid': "},
+      {{model(), "--http-listen=foo.bar:99"}, "resad: --http-listen: 'foo.bar' is neither"},
+      {{model(), "--max-sequences=2000000000", "--max-step-tokens=2147483647"},
+       "resad: --max-sequences: 2000000000 is not from 1 to 4096"},
   };
   for (const Case& c : cases) {
     std::vector<std::string> arguments = c.arguments;

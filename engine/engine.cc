@@ -418,7 +418,9 @@ void Engine::Finish(Sequence* sequence, Finished finished) {
   observer_->OnFinished(finished);
 
   MarkDone(sequence);
-  std::erase(live_.at(request.id).outputs, sequence);
+  std::vector<Sequence*>& open = live_.at(request.id).outputs;
+  std::erase(open, sequence);
+  if (open.empty()) observer_->OnRequestFinished(finished);
   outbox_.AddFinished(request.id, request.sink, std::move(finished));
 }
 

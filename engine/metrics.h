@@ -40,8 +40,11 @@ class EngineObserver {
   virtual void OnPromptTokens(int32_t /*count*/) {}  // When a request is first scheduled.
   virtual void OnFirstToken(absl::Duration /*since_arrival*/) {}
   virtual void OnNextToken(absl::Duration /*since_last*/) {}
-  virtual void OnFinished(const Finished&) {}   // Once per output.
-  virtual void OnError(const absl::Status&) {}  // Once per request.
+  virtual void OnFinished(const Finished&) {}  // Once per output that ends by itself.
+  // Once per request, in one way or the other: its last output, of which OnFinished has told, has
+  // ended; or it was ended with an error before that.
+  virtual void OnRequestFinished(const Finished& /*last*/) {}
+  virtual void OnError(const absl::Status&) {}
 };
 
 // A snapshot for GetLoad and gauges.

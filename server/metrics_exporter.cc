@@ -129,29 +129,31 @@ MetricsExporter::Series::Series(std::string model_name)
       make.MakeCounter("vllm:prompt_tokens_total", "Prompt tokens of started requests.");
   generation_tokens = make.MakeCounter("vllm:generation_tokens_total", "Tokens generated.");
   for (int i = 0; i < kNumOutcomes; ++i) {
-    outcomes[i] = make.MakeCounter("vllm:request_success_total", "Ended requests by reason.",
-                                   {{"finished_reason", kOutcomeNames[i]}});
+    outcomes[i] =
+        make.MakeCounter("vllm:request_success_total",
+                         "Ended requests by reason; of several outputs, by that of the last.",
+                         {{"finished_reason", kOutcomeNames[i]}});
   }
   iteration_tokens = make.MakeHistogram("vllm:iteration_tokens_total", "Rows of a step.", tokens);
   request_prompt_tokens =
       make.MakeHistogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", tokens);
   request_generation_tokens =
-      make.MakeHistogram("vllm:request_generation_tokens", "Output tokens of a request.", tokens);
+      make.MakeHistogram("vllm:request_generation_tokens", "Tokens of an output.", tokens);
   time_to_first_token = make.MakeHistogram("vllm:time_to_first_token_seconds",
-                                           "Arrival to the first token.", seconds);
-  inter_token_latency =
-      make.MakeHistogram("vllm:inter_token_latency_seconds", "From token to token.", seconds);
+                                           "Arrival to an output's first token.", seconds);
+  inter_token_latency = make.MakeHistogram("vllm:inter_token_latency_seconds",
+                                           "From token to token of an output.", seconds);
   time_per_output_token =
       make.MakeHistogram("vllm:request_time_per_output_token_seconds",
-                         "A request's decode time over its tokens after the first.", seconds);
-  e2e_latency =
-      make.MakeHistogram("vllm:e2e_request_latency_seconds", "Arrival to the end.", seconds);
-  queue_time =
-      make.MakeHistogram("vllm:request_queue_time_seconds", "Arrival to the first step.", seconds);
+                         "An output's decode time over its tokens after the first.", seconds);
+  e2e_latency = make.MakeHistogram("vllm:e2e_request_latency_seconds",
+                                   "Arrival to the end of a request's last output.", seconds);
+  queue_time = make.MakeHistogram("vllm:request_queue_time_seconds",
+                                  "Arrival to an output's first step.", seconds);
   prefill_time = make.MakeHistogram("vllm:request_prefill_time_seconds",
-                                    "First step to the first token.", seconds);
-  decode_time =
-      make.MakeHistogram("vllm:request_decode_time_seconds", "First token to the end.", seconds);
+                                    "An output's first step to its first token.", seconds);
+  decode_time = make.MakeHistogram("vllm:request_decode_time_seconds",
+                                   "An output's first token to its end.", seconds);
 
   rectifications = make.MakeCounter("resa_rectifications_total", "Windows rectified.");
   rectification_rows =
@@ -225,34 +227,20 @@ void MetricsExporter::OnNextToken(absl::Duration since_last) {
 }
 
 void MetricsExporter::OnFinished(const engine::Finished& finished) {
-  Outcome outcome = kError;
-  switch (finished.reason) {
-    case engine::FinishReason::kStop:
-      outcome = kStop;
-      break;
-    case engine::FinishReason::kLength:
-      outcome = kLength;
-      break;
-    case engine::FinishReason::kCancelled:
-      outcome = kAbort;
-      break;
-    case engine::FinishReason::kError:
-      break;
-  }
-  series_->outcomes[outcome]->Increment();
-  if (outcome == kAbort || outcome == kError) return;
-
-  const engine::Timings& timings = finished.timings;
-  const double decode = absl::ToDoubleSeconds(timings.decode);
-  series_->request_prompt_tokens->Observe(finished.usage.prompt_tokens);
+  const double decode = absl::ToDoubleSeconds(finished.timings.decode);
   series_->request_generation_tokens->Observe(finished.usage.output_tokens);
   if (finished.usage.output_tokens > 1) {
     series_->time_per_output_token->Observe(decode / (finished.usage.output_tokens - 1));
   }
-  series_->e2e_latency->Observe(absl::ToDoubleSeconds(timings.total));
-  series_->queue_time->Observe(absl::ToDoubleSeconds(timings.queued));
-  series_->prefill_time->Observe(absl::ToDoubleSeconds(timings.prefill));
+  series_->queue_time->Observe(absl::ToDoubleSeconds(finished.timings.queued));
+  series_->prefill_time->Observe(absl::ToDoubleSeconds(finished.timings.prefill));
   series_->decode_time->Observe(decode);
+}
+
+void MetricsExporter::OnRequestFinished(const engine::Finished& last) {
+  series_->outcomes[last.reason == engine::FinishReason::kStop ? kStop : kLength]->Increment();
+  series_->request_prompt_tokens->Observe(last.usage.prompt_tokens);
+  series_->e2e_latency->Observe(absl::ToDoubleSeconds(last.timings.total));
 }
 
 void MetricsExporter::OnError(const absl::Status& status) {

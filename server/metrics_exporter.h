@@ -3,7 +3,8 @@
 
 // What the engine observes, as Prometheus series. Those that every inference server has carry the
 // names and meanings that dashboards know from vLLM (`vllm:...`), each with the label model_name;
-// what only this daemon has begins with `resa_`.
+// what only this daemon has begins with `resa_`. Where a request can have several outputs, the help
+// text says which of the two a series is about.
 
 #include <memory>
 #include <string>
@@ -27,6 +28,7 @@ class MetricsExporter final : public engine::EngineObserver {
   void OnFirstToken(absl::Duration since_arrival) override;
   void OnNextToken(absl::Duration since_last) override;
   void OnFinished(const engine::Finished& finished) override;
+  void OnRequestFinished(const engine::Finished& last) override;
   void OnError(const absl::Status& status) override;
 
   // A Generate call was refused, with this status, before the engine took it.

@@ -136,6 +136,36 @@ TEST(MetricsTest, CountWhatTheClientsWereTold) {
   }
 }
 
+TEST(MetricsTest, SeveralOutputsAreOneRequest) {
+  TestServer server;
+  resa::v1::GenerateRequest request = RequestFor("three ways on", 20);
+  request.set_n(3);
+  const Generation result = Generate(server.stub(), request);
+  ASSERT_TRUE(result.ok()) << result.Describe();
+  const int64_t prompt_tokens = result.accepted->prompt_tokens();
+  // One that is cancelled with all its outputs.
+  request.mutable_stop()->set_max_tokens(3000);
+  grpc::ClientContext context;
+  const auto stream = server.stub().Generate(&context, request);
+  ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() == 3; }));
+  context.TryCancel();
+  ReadToEnd(stream.get());
+  WaitUntilIdle(&server);
+  ExpectSamples(Scrape(&server), {{"vllm:request_success_total{finished_reason=\"length\"}", 1},
+                                  {"vllm:request_success_total{finished_reason=\"stop\"}", 0},
+                                  {"vllm:request_success_total{finished_reason=\"abort\"}", 1},
+                                  {"vllm:prompt_tokens_total", 2 * prompt_tokens},
+                                  {"vllm:request_prompt_tokens_count", 1},
+                                  {"vllm:request_prompt_tokens_sum", prompt_tokens},
+                                  {"vllm:e2e_request_latency_seconds_count", 1},
+                                  {"vllm:request_generation_tokens_count", 3},
+                                  {"vllm:request_generation_tokens_sum", 3 * 20},
+                                  {"vllm:request_time_per_output_token_seconds_count", 3},
+                                  {"vllm:request_queue_time_seconds_count", 3},
+                                  {"vllm:request_prefill_time_seconds_count", 3},
+                                  {"vllm:request_decode_time_seconds_count", 3}});
+}
+
 TEST(MetricsTest, EveryRefusalCounts) {
   TestServer server(
       {.flags = {"--max-sequences=1", "--max-waiting=1", "--pool-memory=200MiB"}, .load = false});

@@ -130,6 +130,7 @@ class CountingObserver final : public EngineObserver {
   void OnFirstToken(absl::Duration) override { ++first_tokens; }
   void OnNextToken(absl::Duration) override { ++next_tokens; }
   void OnFinished(const Finished&) override { ++finished; }
+  void OnRequestFinished(const Finished&) override { ++requests_finished; }
   void OnError(const absl::Status&) override { ++errors; }
 
   int steps = 0;
@@ -142,6 +143,7 @@ class CountingObserver final : public EngineObserver {
   int first_tokens = 0;
   int next_tokens = 0;
   int finished = 0;
+  int requests_finished = 0;
   int errors = 0;
 };
 

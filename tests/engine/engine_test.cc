@@ -671,6 +671,26 @@ TEST_F(EngineTest, LoadTellsWhatIsThere) {
   EXPECT_EQ(observer_.finished, 6);
 }
 
+TEST_F(EngineTest, ARequestEndsOnceHoweverManyOutputsItHas) {
+  auto request = MakeRequest(20, 10);
+  request->n = 3;
+  Submit(std::move(request));
+  Steps(5);
+  EXPECT_EQ(observer_.requests_finished, 0);
+  RunDry();
+  EXPECT_EQ(observer_.finished, 3);
+  EXPECT_EQ(observer_.requests_finished, 1);
+  request = MakeRequest(20, 10);
+  request->n = 3;
+  Submit(std::move(request));
+  Steps(5);
+  engine().Cancel(last_id_);
+  RunDry();
+  EXPECT_EQ(observer_.finished, 3);
+  EXPECT_EQ(observer_.requests_finished, 1);
+  EXPECT_EQ(observer_.errors, 1);
+}
+
 // ---- threads ----
 
 // Clients on other threads against a running engine; for the thread sanitizer as much as for the

@@ -144,7 +144,10 @@ TEST_F(MetricsExporterTest, AFinishedRequestFillsTheLatencies) {
   finished.timings.prefill = absl::Seconds(1);
   finished.timings.decode = absl::Seconds(4);
   finished.timings.total = absl::Seconds(6);
-  exporter_.OnFinished(finished);
+  // Two outputs of one request.
+  for (int i = 0; i < 2; ++i) exporter_.OnFinished(finished);
+  EXPECT_THAT(Render(), HasSubstr("finished_reason=\"length\"} 0"));
+  exporter_.OnRequestFinished(finished);
   const std::string text = Render();
   for (const char* sample :
        {"vllm:prompt_tokens_total{model_name=\"tiny\"} 50",
@@ -153,12 +156,12 @@ TEST_F(MetricsExporterTest, AFinishedRequestFillsTheLatencies) {
         "vllm:request_success_total{model_name=\"tiny\",finished_reason=\"length\"} 1",
         "vllm:request_success_total{model_name=\"tiny\",finished_reason=\"stop\"} 0",
         "vllm:request_prompt_tokens_sum{model_name=\"tiny\"} 50",
-        "vllm:request_generation_tokens_sum{model_name=\"tiny\"} 5",
-        "vllm:request_time_per_output_token_seconds_sum{model_name=\"tiny\"} 1",
+        "vllm:request_generation_tokens_sum{model_name=\"tiny\"} 10",
+        "vllm:request_time_per_output_token_seconds_sum{model_name=\"tiny\"} 2",
         "vllm:e2e_request_latency_seconds_sum{model_name=\"tiny\"} 6",
-        "vllm:request_queue_time_seconds_sum{model_name=\"tiny\"} 1",
-        "vllm:request_prefill_time_seconds_sum{model_name=\"tiny\"} 1",
-        "vllm:request_decode_time_seconds_sum{model_name=\"tiny\"} 4"}) {
+        "vllm:request_queue_time_seconds_sum{model_name=\"tiny\"} 2",
+        "vllm:request_prefill_time_seconds_sum{model_name=\"tiny\"} 2",
+        "vllm:request_decode_time_seconds_sum{model_name=\"tiny\"} 8"}) {
     EXPECT_THAT(text, HasSubstr(sample));
   }
 }

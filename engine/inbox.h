@@ -18,7 +18,8 @@ namespace resa::engine {
 // What arrived since the last step.
 struct Mail {
   std::vector<std::unique_ptr<Request>> requests;
-  std::vector<RequestId> cancels;  // At most one per accepted request.
+  // At most two per accepted request: a failed write and the cancelled call both tell of its end.
+  std::vector<RequestId> cancels;
   bool abort_all = false;
 
   bool empty() const { return requests.empty() && cancels.empty() && !abort_all; }

@@ -93,7 +93,10 @@ absl::Status SetLogitBias(absl::string_view text, resa::v1::SamplingParams* samp
     const std::vector<absl::string_view> pair = absl::StrSplit(part, ':');
     if (pair.size() != 2) return Invalid("'", part, "' is not ID:BIAS");
     RESA_ASSIGN_OR_RETURN(const int64_t id, ParseInteger(pair[0], 0, kMaxInt32));
-    RESA_ASSIGN_OR_RETURN(const double bias, ParseNumber(pair[1]));
+    double bias = -std::numeric_limits<double>::infinity();
+    if (pair[1] != "-inf") {
+      RESA_ASSIGN_OR_RETURN(bias, ParseNumber(pair[1]));
+    }
     (*sampling->mutable_logit_bias())[static_cast<int32_t>(id)] = static_cast<float>(bias);
   }
   return absl::OkStatus();
@@ -135,7 +138,7 @@ void AddSamplingFlags(FlagSet* flags, resa::v1::SamplingParams* sampling) {
   flags->Add("frequency-penalty", "R", "subtracted per occurrence in the output",
              SetNumber(sampling, "frequency_penalty"));
   flags->Add("seed", "N", "the same seed gives the same tokens", SetNumber(sampling, "seed"));
-  flags->Add("logit-bias", "ID:BIAS[,...]", "added to the logits of these tokens",
+  flags->Add("logit-bias", "ID:BIAS[,...]", "added to the logits of these tokens; -inf bans one",
              [sampling](absl::string_view text) { return SetLogitBias(text, sampling); });
 }
 

@@ -50,7 +50,7 @@ std::shared_ptr<grpc::Channel> Connect(const ClientFlags& flags);
 // Calls fail at once when nobody listens.
 void SetDeadline(const ClientFlags& flags, grpc::ClientContext* context);
 
-// Code, message and, where the details hold them, the fields that are wrong.
+// Code and message; that of INVALID_ARGUMENT begins with the field that is wrong.
 absl::Status FromGrpcStatus(const grpc::Status& status);
 
 // One line of JSON, with the field names of the .proto; fields at their default are left out, or

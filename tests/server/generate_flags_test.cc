@@ -34,7 +34,7 @@ TEST(GenerateFlagsTest, EveryFieldOfARequestCanBeSet) {
                               "--presence-penalty=0.5",
                               "--frequency-penalty=-0.5",
                               "--seed=18446744073709551615",
-                              "--logit-bias=5:1.5,6:-2",
+                              "--logit-bias=5:1.5,6:-2,7:-inf",
                               "--max-tokens=7",
                               "--min-tokens=2",
                               "--stop=a",
@@ -67,7 +67,8 @@ TEST(GenerateFlagsTest, EveryFieldOfARequestCanBeSet) {
          parse_special_tokens: false
          sampling { temperature: 0.5 top_k: 40 top_p: 0.9 min_p: 0.25 repetition_penalty: 1.5
                     presence_penalty: 0.5 frequency_penalty: -0.5 seed: 18446744073709551615
-                    logit_bias { key: 5 value: 1.5 } logit_bias { key: 6 value: -2 } }
+                    logit_bias { key: 5 value: 1.5 } logit_bias { key: 6 value: -2 }
+                    logit_bias { key: 7 value: -inf } }
          stop { max_tokens: 7 min_tokens: 2 strings: "a" strings: "b" token_ids: [1, 2]
                 ignore_eos: true include_stop: true }
          output { token_ids: true logprobs: true top_logprobs: 3 echo: true
@@ -122,6 +123,7 @@ TEST(GenerateFlagsTest, RefusesWhatMakesNoSense) {
       {{"--mode=fast", "w"}, "--mode: 'fast' is none of dense, sparse, rectified"},
       {{"--logit-bias=5", "w"}, "--logit-bias: '5' is not ID:BIAS"},
       {{"--logit-bias=5:x", "w"}, "--logit-bias: 'x' is not a number"},
+      {{"--logit-bias=5:inf", "w"}, "--logit-bias: 'inf' is not a number"},
       {{"--seed=-1", "w"}, "--seed: '-1' is not a whole number from 0"},
       {{"--temperature=hot", "w"}, "--temperature: 'hot' is not a number"},
       {{"--logprobs=many", "w"}, "--logprobs: 'many' is not a whole number"},

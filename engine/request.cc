@@ -7,15 +7,11 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "engine/invalid.h"
 #include "kernels/check.h"
 
 namespace resa::engine {
 namespace {
-
-template <typename... Parts>
-absl::Status Invalid(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
 
 // Comparisons with NaN are false, so NaN is never within a range.
 absl::Status CheckRange(absl::string_view field, double value, double low, double high) {
@@ -203,10 +199,6 @@ const char* NameOf(FinishReason reason) {
       return "stop";
     case FinishReason::kLength:
       return "length";
-    case FinishReason::kCancelled:
-      return "cancelled";
-    case FinishReason::kError:
-      return "error";
   }
   RESA_CHECK(false) << "finish reason " << static_cast<int>(reason);
   return "";

@@ -66,8 +66,7 @@ class OutputSink;
 // One Generate call, tokenized and with defaults filled in. Immutable once submitted.
 struct Request {
   RequestId id;
-  std::string client_request_id;  // For logs.
-  std::vector<int32_t> prompt;    // At least one token, each in [0, vocab_size).
+  std::vector<int32_t> prompt;  // At least one token, each in [0, vocab_size).
   SamplingParams sampling;
   StopCriteria stop;
   OutputOptions output;
@@ -98,7 +97,8 @@ absl::Status ValidateRequest(const Request& request, const ModelLimits& limits,
 // what the context leaves, and what the pool leaves. REQUIRES a validated request.
 int32_t MaxOutputTokens(const Request& request, const ModelLimits& limits);
 
-enum class FinishReason : uint8_t { kStop, kLength, kCancelled, kError };
+// An output that ends otherwise, ends with its request in OutputSink::OnError.
+enum class FinishReason : uint8_t { kStop, kLength };
 const char* NameOf(FinishReason reason);
 
 struct TokenLogprob {

@@ -13,6 +13,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "engine/invalid.h"
 #include "engine/scheduler.h"
 #include "engine/status_macros.h"
 #include "google/protobuf/io/tokenizer.h"
@@ -22,17 +23,13 @@
 namespace resa::server {
 namespace {
 
+using engine::Invalid;
 using ::google::protobuf::FieldDescriptor;
 using ::google::protobuf::Message;
 using ::google::protobuf::Reflection;
 using ::resa::v1::ServerConfig;
 
 // ---- reading ----------------------------------------------------------------------------------
-
-template <typename... Parts>
-absl::Status Invalid(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
 
 std::string FlagName(const FieldDescriptor& field) {
   return absl::StrReplaceAll(field.name(), {{"_", "-"}});

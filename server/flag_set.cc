@@ -11,15 +11,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "engine/invalid.h"
 #include "kernels/check.h"
 
 namespace resa::server {
 namespace {
 
-template <typename... Parts>
-absl::Status Invalid(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
+using engine::Invalid;
 
 // Insertions, deletions and replacements that turn one into the other (Levenshtein).
 size_t EditDistance(absl::string_view a, absl::string_view b) {

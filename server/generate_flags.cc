@@ -10,21 +10,18 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "engine/invalid.h"
 #include "engine/status_macros.h"
 
 namespace resa::server {
 namespace {
 
+using engine::Invalid;
 using ::google::protobuf::FieldDescriptor;
 using ::google::protobuf::Message;
 
 constexpr int64_t kMinInt32 = std::numeric_limits<int32_t>::min();
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-
-template <typename... Parts>
-absl::Status Invalid(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
 
 absl::StatusOr<std::vector<int32_t>> ParseIds(absl::string_view text) {
   std::vector<int32_t> ids;

@@ -82,7 +82,6 @@ absl::StatusOr<engine::RequestId> GenerateReactor::Submit(const resa::v1::Genera
   // First, since a long prompt is work and who finds no room will come again.
   RESA_RETURN_IF_ERROR(engine_->CheckRoom());
   RESA_ASSIGN_OR_RETURN(auto engine_request, ToEngineRequest(request, model, random_));
-  engine_request->client_request_id = name_;
   engine_request->deadline = Deadline(*context_, engine_->Now());
   if (calls_->log_prompts) {
     calls_->logger->info("request {}: prompt {}", log_name_, request.ShortDebugString());

@@ -4,17 +4,15 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/invalid.h"
 #include "engine/status_macros.h"
 
 namespace resa::server {
 namespace {
 
-using ::resa::v1::GenerateRequest;
+using engine::Invalid;
 
-template <typename... Parts>
-absl::Status Invalid(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
+using ::resa::v1::GenerateRequest;
 
 // `status` with its message put behind a field's path.
 absl::Status InField(absl::string_view field, const absl::Status& status) {
@@ -179,7 +177,6 @@ absl::StatusOr<std::unique_ptr<engine::Request>> ToEngineRequest(const GenerateR
                    kMaxRequestIdBytes, " are taken");
   }
   auto out = std::make_unique<engine::Request>();
-  out->client_request_id = request.request_id();
   out->sampling = ToSampling(request.sampling(), random_seed);
   out->stop = ToStop(request.stop());
   out->output = ToOutput(request.output());

@@ -209,8 +209,6 @@ TEST(RequestTest, MaxOutputTokensIsTheTightestOfThree) {
 TEST(RequestTest, NamesFinishReasons) {
   EXPECT_STREQ(NameOf(FinishReason::kStop), "stop");
   EXPECT_STREQ(NameOf(FinishReason::kLength), "length");
-  EXPECT_STREQ(NameOf(FinishReason::kCancelled), "cancelled");
-  EXPECT_STREQ(NameOf(FinishReason::kError), "error");
 }
 
 }  // namespace

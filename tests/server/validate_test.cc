@@ -106,7 +106,6 @@ TEST_F(ValidateTest, EveryFieldArrives) {
       forced_token_ids: [3, 4] n: 2 priority: 5)");
   ASSERT_TRUE(request.ok()) << request.status();
   const engine::Request& out = **request;
-  EXPECT_EQ(out.client_request_id, "r");
   EXPECT_THAT(out.prompt, ElementsAre(1, 2));
   EXPECT_EQ(out.sampling.temperature, 0);
   EXPECT_EQ(out.sampling.top_k, 4);

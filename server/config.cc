@@ -19,57 +19,19 @@
 #include "google/protobuf/io/tokenizer.h"
 #include "google/protobuf/text_format.h"
 #include "server/flag_set.h"
+#include "server/proto_field.h"
 
 namespace resa::server {
 namespace {
 
 using engine::Invalid;
 using ::google::protobuf::FieldDescriptor;
-using ::google::protobuf::Message;
-using ::google::protobuf::Reflection;
 using ::resa::v1::ServerConfig;
 
 // ---- reading ----------------------------------------------------------------------------------
 
 std::string FlagName(const FieldDescriptor& field) {
   return absl::StrReplaceAll(field.name(), {{"_", "-"}});
-}
-
-// Sets one field of `message` from a flag's text.
-absl::Status SetField(const FieldDescriptor* field, absl::string_view text, Message* message) {
-  const Reflection* reflection = message->GetReflection();
-  if (field->is_repeated()) {
-    reflection->ClearField(message, field);
-    for (absl::string_view part : absl::StrSplit(text, ',')) {
-      RESA_ASSIGN_OR_RETURN(const double value, ParseNumber(part));
-      reflection->AddDouble(message, field, value);
-    }
-    return absl::OkStatus();
-  }
-  switch (field->cpp_type()) {
-    case FieldDescriptor::CPPTYPE_STRING:
-      reflection->SetString(message, field, std::string(text));
-      return absl::OkStatus();
-    case FieldDescriptor::CPPTYPE_INT32: {
-      RESA_ASSIGN_OR_RETURN(const int64_t value,
-                            ParseInteger(text, std::numeric_limits<int32_t>::min(),
-                                         std::numeric_limits<int32_t>::max()));
-      reflection->SetInt32(message, field, static_cast<int32_t>(value));
-      return absl::OkStatus();
-    }
-    case FieldDescriptor::CPPTYPE_DOUBLE: {
-      RESA_ASSIGN_OR_RETURN(const double value, ParseNumber(text));
-      reflection->SetDouble(message, field, value);
-      return absl::OkStatus();
-    }
-    case FieldDescriptor::CPPTYPE_BOOL: {
-      RESA_ASSIGN_OR_RETURN(const bool value, ParseSwitch(text));
-      reflection->SetBool(message, field, value);
-      return absl::OkStatus();
-    }
-    default:
-      return absl::InternalError(absl::StrCat("no flag can set the type of ", field->name()));
-  }
 }
 
 // A number that may also be "auto", which is what an unset field means.

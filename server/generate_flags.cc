@@ -6,21 +6,18 @@
 #include <sstream>
 #include <utility>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "engine/invalid.h"
 #include "engine/status_macros.h"
+#include "server/proto_field.h"
 
 namespace resa::server {
 namespace {
 
 using engine::Invalid;
-using ::google::protobuf::FieldDescriptor;
-using ::google::protobuf::Message;
 
-constexpr int64_t kMinInt32 = std::numeric_limits<int32_t>::min();
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
 absl::StatusOr<std::vector<int32_t>> ParseIds(absl::string_view text) {
@@ -30,50 +27,6 @@ absl::StatusOr<std::vector<int32_t>> ParseIds(absl::string_view text) {
     ids.push_back(static_cast<int32_t>(id));
   }
   return ids;
-}
-
-// A setter for one number of `message`; the server knows the ranges.
-FlagSet::Setter SetNumber(Message* message, const char* field_name) {
-  const FieldDescriptor* field = message->GetDescriptor()->FindFieldByName(field_name);
-  return [message, field](absl::string_view text) -> absl::Status {
-    const google::protobuf::Reflection* reflection = message->GetReflection();
-    switch (field->cpp_type()) {
-      case FieldDescriptor::CPPTYPE_INT32: {
-        RESA_ASSIGN_OR_RETURN(const int64_t value, ParseInteger(text, kMinInt32, kMaxInt32));
-        reflection->SetInt32(message, field, static_cast<int32_t>(value));
-        return absl::OkStatus();
-      }
-      case FieldDescriptor::CPPTYPE_UINT64: {
-        uint64_t value = 0;
-        if (!absl::SimpleAtoi(text, &value)) {
-          return Invalid("'", text, "' is not a whole number from 0 to 2^64 - 1");
-        }
-        reflection->SetUInt64(message, field, value);
-        return absl::OkStatus();
-      }
-      case FieldDescriptor::CPPTYPE_FLOAT: {
-        RESA_ASSIGN_OR_RETURN(const double value, ParseNumber(text));
-        reflection->SetFloat(message, field, static_cast<float>(value));
-        return absl::OkStatus();
-      }
-      case FieldDescriptor::CPPTYPE_DOUBLE: {
-        RESA_ASSIGN_OR_RETURN(const double value, ParseNumber(text));
-        reflection->SetDouble(message, field, value);
-        return absl::OkStatus();
-      }
-      default:
-        return absl::InternalError(absl::StrCat(field->full_name(), " is not a number"));
-    }
-  };
-}
-
-FlagSet::Setter SetSwitch(Message* message, const char* field_name) {
-  const FieldDescriptor* field = message->GetDescriptor()->FindFieldByName(field_name);
-  return [message, field](absl::string_view text) -> absl::Status {
-    RESA_ASSIGN_OR_RETURN(const bool value, ParseSwitch(text));
-    message->GetReflection()->SetBool(message, field, value);
-    return absl::OkStatus();
-  };
 }
 
 // A setter that replaces a repeated field of token ids.
@@ -122,26 +75,26 @@ absl::StatusOr<std::string> ReadAll(std::istream& in, absl::string_view name) {
 
 void AddSamplingFlags(FlagSet* flags, resa::v1::SamplingParams* sampling) {
   flags->Add("temperature", "T", "0 takes the most likely token (default 1)",
-             SetNumber(sampling, "temperature"));
-  flags->Add("top-k", "K", "keep the K most likely tokens", SetNumber(sampling, "top_k"));
+             FieldSetter(sampling, "temperature"));
+  flags->Add("top-k", "K", "keep the K most likely tokens", FieldSetter(sampling, "top_k"));
   flags->Add("top-p", "P", "keep the most likely tokens up to this sum",
-             SetNumber(sampling, "top_p"));
+             FieldSetter(sampling, "top_p"));
   flags->Add("min-p", "P", "drop tokens below this share of the most likely one's probability",
-             SetNumber(sampling, "min_p"));
+             FieldSetter(sampling, "min_p"));
   flags->Add("repetition-penalty", "R", "divides the logits of tokens seen",
-             SetNumber(sampling, "repetition_penalty"));
+             FieldSetter(sampling, "repetition_penalty"));
   flags->Add("presence-penalty", "R", "subtracted once from tokens of the output",
-             SetNumber(sampling, "presence_penalty"));
+             FieldSetter(sampling, "presence_penalty"));
   flags->Add("frequency-penalty", "R", "subtracted per occurrence in the output",
-             SetNumber(sampling, "frequency_penalty"));
-  flags->Add("seed", "N", "the same seed gives the same tokens", SetNumber(sampling, "seed"));
+             FieldSetter(sampling, "frequency_penalty"));
+  flags->Add("seed", "N", "the same seed gives the same tokens", FieldSetter(sampling, "seed"));
   flags->Add("logit-bias", "ID:BIAS[,...]", "added to the logits of these tokens; -inf bans one",
              [sampling](absl::string_view text) { return SetLogitBias(text, sampling); });
 }
 
 void AddStopFlags(FlagSet* flags, resa::v1::StopCriteria* stop) {
-  flags->Add("max-tokens", "N", "output tokens at most", SetNumber(stop, "max_tokens"));
-  flags->Add("min-tokens", "N", "no end of sequence before", SetNumber(stop, "min_tokens"));
+  flags->Add("max-tokens", "N", "output tokens at most", FieldSetter(stop, "max_tokens"));
+  flags->Add("min-tokens", "N", "no end of sequence before", FieldSetter(stop, "min_tokens"));
   flags->AddRepeated("stop", "TEXT", "end where TEXT appears; may be given several times",
                      [stop](absl::string_view text) {
                        stop->add_strings(std::string(text));
@@ -149,13 +102,13 @@ void AddStopFlags(FlagSet* flags, resa::v1::StopCriteria* stop) {
                      });
   flags->Add("stop-ids", "ID[,ID]", "end with one of these tokens",
              SetIds(stop->mutable_token_ids()));
-  flags->AddSwitch("ignore-eos", "go on past the end of sequence", SetSwitch(stop, "ignore_eos"));
+  flags->AddSwitch("ignore-eos", "go on past the end of sequence", FieldSetter(stop, "ignore_eos"));
   flags->AddSwitch("include-stop", "keep what ended the output in its text",
-                   SetSwitch(stop, "include_stop"));
+                   FieldSetter(stop, "include_stop"));
 }
 
 void AddOutputFlags(FlagSet* flags, resa::v1::OutputOptions* output) {
-  flags->AddSwitch("token-ids", "report token ids (with --json)", SetSwitch(output, "token_ids"));
+  flags->AddSwitch("token-ids", "report token ids (with --json)", FieldSetter(output, "token_ids"));
   flags->Add("logprobs", "N", "report logprobs, with the N best alternatives (with --json)",
              [output](absl::string_view text) -> absl::Status {
                RESA_ASSIGN_OR_RETURN(const int64_t top, ParseInteger(text, 0, kMaxInt32));
@@ -163,23 +116,24 @@ void AddOutputFlags(FlagSet* flags, resa::v1::OutputOptions* output) {
                output->set_top_logprobs(static_cast<int32_t>(top));
                return absl::OkStatus();
              });
-  flags->AddSwitch("echo", "the prompt precedes the output", SetSwitch(output, "echo"));
-  flags->AddSwitch("keep-special", "show special tokens", SetSwitch(output, "keep_special_tokens"));
+  flags->AddSwitch("echo", "the prompt precedes the output", FieldSetter(output, "echo"));
+  flags->AddSwitch("keep-special", "show special tokens",
+                   FieldSetter(output, "keep_special_tokens"));
 }
 
 void AddAttentionFlags(FlagSet* flags, resa::v1::AttentionPolicy* attention) {
   flags->Add("mode", "dense|sparse|rectified", "attention of decode steps",
              [attention](absl::string_view text) { return SetMode(text, attention); });
   flags->Add("keep-ratio", "SHARE", "share of blocks a sparse step attends to",
-             SetNumber(attention, "keep_ratio"));
+             FieldSetter(attention, "keep_ratio"));
   flags->Add("attention-min-tokens", "N", "least budget of a sparse step",
-             SetNumber(attention, "min_tokens"));
+             FieldSetter(attention, "min_tokens"));
   flags->Add("local-tokens", "N", "newest tokens always attended",
-             SetNumber(attention, "local_tokens"));
+             FieldSetter(attention, "local_tokens"));
   flags->Add("sink-tokens", "N", "first tokens always attended",
-             SetNumber(attention, "sink_tokens"));
+             FieldSetter(attention, "sink_tokens"));
   flags->Add("rectify-interval", "N", "tokens between rectifications",
-             SetNumber(attention, "rectify_interval"));
+             FieldSetter(attention, "rectify_interval"));
 }
 
 }  // namespace
@@ -193,18 +147,18 @@ void GenerateFlags::AddTo(FlagSet* flags) {
   AddAttentionFlags(flags, request_.mutable_attention());
   flags->Add("forced-ids", "ID[,ID]", "tokens taken in place of sampled ones",
              SetIds(request_.mutable_forced_token_ids()));
-  flags->Add("n", "N", "outputs", SetNumber(&request_, "n"));
-  flags->Add("priority", "N", "higher runs first", SetNumber(&request_, "priority"));
+  flags->Add("n", "N", "outputs", FieldSetter(&request_, "n"));
+  flags->Add("priority", "N", "higher runs first", FieldSetter(&request_, "priority"));
   flags->Add("request-id", "NAME", "name of the request in the server's log",
              request_.mutable_request_id());
   flags->AddSwitch("add-special",
                    "add what the tokenizer adds to every text, such as BOS "
                    "(default true)",
-                   SetSwitch(&request_, "add_special_tokens"));
+                   FieldSetter(&request_, "add_special_tokens"));
   flags->AddSwitch("parse-special",
                    "spellings of special tokens become those tokens "
                    "(default true)",
-                   SetSwitch(&request_, "parse_special_tokens"));
+                   FieldSetter(&request_, "parse_special_tokens"));
 }
 
 void GenerateFlags::AddPromptTo(FlagSet* flags) {

@@ -117,6 +117,13 @@ __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from, uint6
                "l"(policy)
                : "memory");
 }
+// The same, and the L2 asks for all of the line of 128 bytes that they are in.
+__device__ __forceinline__ void CopyAsync16OfLine(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+      "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -18,8 +18,8 @@
 // relative to a base that the row's own tokens at fixed places give, chunks are cut at fixed
 // places, and totals over chunks are sums of integers.
 //
-// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us. Measured: 57 to 59
-// % of it at 8 x 256K with two planes (28 heads on 4), 40 % at 4 x 128K; LOG.md says where the time
+// Bound: the bytes of the planes read at the device's read bandwidth, plus 4 us. Measured: 69 % of
+// it at 8 x 256K with two planes (28 heads on 4), 49 % at 4 x 128K; LOG.md says where the time
 // goes.
 
 #include <algorithm>
@@ -51,8 +51,9 @@ struct SketchArgs {
   int32_t* survivor_scratch;  // [row][KV head][2][survivor_stride]
   int64_t scratch_bytes;
   int64_t survivor_stride;
-  int shared_blocks;  // Whose masses and keys are in shared memory.
-  int tail_bytes;     // Of it, for the rings, then RankShared and the keys; masses follow.
+  bool one_more_slot;  // SketchRing.
+  int shared_blocks;   // Whose masses and keys are in shared memory.
+  int tail_bytes;      // Of it, for the rings, then RankShared and the keys; masses follow.
   int num_rows;
   bool teams;  // By the lengths of the rows. Else a CTA does whole rows and KV heads.
   int num_kv_heads;
@@ -263,9 +264,8 @@ struct SketchUnit {
     if (head < args.group) {
       PrepareSketchQuery(query, head, &shared.queries);
     } else if (head < SketchColumns<kHeads>::kGroup) {
-      for (int j = static_cast<int>(threadIdx.x) % 32; j < kDim; j += 32) {
-        shared.queries.rounded[head][j] = 0;
-      }
+      auto* const quads = reinterpret_cast<uint32_t*>(shared.queries.quads[head]);
+      for (int i = static_cast<int>(threadIdx.x) % 32; i < kDim / 2; i += 32) quads[i] = 0;
       shared.queries.octaves[head] = 0;
     }
   }
@@ -332,13 +332,13 @@ struct SketchUnit {
 #pragma unroll 1
     for (int chunk = part.begin + static_cast<int>(threadIdx.x) / 32; chunk < part.end;
          chunk += kWarps) {
-      const uint32_t places = stream.reader.Places(chunk);
+      const uint32_t places = stream.reader.Places(chunk, part.end, 0);
 #pragma unroll 1
       for (int j = 0; j < kChunkSteps; ++j) {
         stream.CopyOne(places, j, slots);
         SketchSums<kHeads> sums;
         uint4 scales;
-        stream.template ReadOne<0>(operand, slots, &sums, &scales);
+        stream.template ReadOne<false>(operand, slots, &sums, &scales);
         largest.AddStep(sums, scales, j, stream.reader.source.tokens - chunk * kChunkTokens, heads);
       }
     }
@@ -354,14 +354,14 @@ struct SketchUnit {
                                         bool first_pass) {
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
-    ChunkStream<kDim, kPlanes, kList> stream(source, part.begin,
-                                             min(part.end, part.begin + part.window_chunks), tail);
+    ChunkStream<kDim, kPlanes, kPlanes == kLastPlanes, kList> stream(
+        source, part.begin, min(part.end, part.begin + part.window_chunks), tail,
+        args.one_more_slot);
     const auto sample =
         static_cast<int>((source.tokens - 1) / kStepTokens * int64_t{warp} / (kWarps - 1));
     const int sample_chunk = sample / kChunkSteps;
-    const uint32_t sample_places = stream.reader.Places(sample_chunk);
-    const uint32_t sample_slots =
-        SharedAddress(MassesAt()) + warp * stream.kStepBytes + thread % 32 * 16;
+    const uint32_t sample_places = stream.reader.Places(sample_chunk, source.Chunks(), 0);
+    const uint32_t sample_slots = SharedAddress(MassesAt()) + warp * stream.kStepBytes;
     stream.FindPlaces();
     RawQuery<kDim> query;
     if (first_pass) {  // What is above, no kernel writes.
@@ -382,7 +382,7 @@ struct SketchUnit {
     {
       SketchSums<kHeads> sums;
       uint4 scales;
-      stream.template ReadOne<kSlots>(operand, sample_slots, &sums, &scales);
+      stream.template ReadOne<true>(operand, sample_slots, &sums, &scales);
       LargestEstimates<kHeads> largest;
       largest.AddStep(sums, scales, sample % kChunkSteps,
                       source.tokens - sample_chunk * kChunkTokens, heads);
@@ -634,6 +634,16 @@ SketchGrid PlanGrid(int64_t units, int64_t row_chunks, int sms, bool teams) {
   return {sms, std::min(row_chunks, most)};
 }
 
+// Of a warp's ring, whose passes have these planes.
+template <int kDim, int kLeastPlanes, int kLastPlanes>
+constexpr int RingBytes(bool one_more_slot) {
+  int bytes = SketchRing<kDim, kLastPlanes>::Bytes(one_more_slot);
+  if constexpr (kLeastPlanes < kLastPlanes) {
+    bytes = std::max(bytes, RingBytes<kDim, kLeastPlanes, kLastPlanes - 1>(one_more_slot));
+  }
+  return bytes;
+}
+
 template <int kDim, int kHeads, int kLeastPlanes, int kLastPlanes>
 void Launch(Context& context, SketchArgs args) {
   const auto kernel = SelectSketchKernel<kDim, kHeads, kLeastPlanes, kLastPlanes>;
@@ -647,12 +657,16 @@ void Launch(Context& context, SketchArgs args) {
   const int64_t units = int64_t{args.num_rows} * args.num_kv_heads;
   const int64_t row_chunks = (args.tables.stride * kPageTokens + kChunkTokens - 1) / kChunkTokens;
   const int64_t chunk_blocks = kChunkTokens / args.block_tokens;
-  const SketchMemory memory(context.device.shared_bytes_per_block, args.group,
-                            kWarps * SketchRing<kDim>::kBytes);
+  const SketchMemory least(context.device.shared_bytes_per_block, args.group,
+                           kWarps * RingBytes<kDim, kLeastPlanes, kLastPlanes>(false));
+  const SketchMemory most(context.device.shared_bytes_per_block, args.group,
+                          kWarps * RingBytes<kDim, kLeastPlanes, kLastPlanes>(true));
   const int sms = context.device.sms;
   args.teams = units <= sms && args.num_rows <= kMaxRowsInTeams;
   const SketchGrid grid = PlanGrid(units, row_chunks, sms, args.teams);
   const int64_t blocks = grid.most_chunks * chunk_blocks;
+  args.one_more_slot = blocks <= most.most_blocks;
+  const SketchMemory& memory = args.one_more_slot ? most : least;
   const int64_t shared_blocks = std::min(blocks, memory.most_blocks);
   const int64_t shared_mass_bytes = memory.MassBytes(shared_blocks);
   args.shared_blocks = static_cast<int>(shared_blocks);

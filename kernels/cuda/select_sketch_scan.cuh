@@ -4,9 +4,12 @@
 // A CTA's way through its part of a row: the words of its tokens from memory, the masses of its
 // blocks to where they wait for the heads' totals. The arithmetic is in select_sketch_score.cuh.
 //
-// A warp has a ring of steps in shared memory, filled by asynchronous copies of 16 bytes per lane,
-// which each lane reads back itself. (Loads to registers would wait in the L1 cache, of which
-// masses in shared memory leave little: 2.8 TB/s instead of 4.5.)
+// A warp has a ring of half steps in shared memory, filled by asynchronous copies of 16 bytes per
+// lane. (Loads to registers would wait in the L1 cache, of which masses in shared memory leave
+// little: 2.8 TB/s instead of 4.5.) Memory is asked for a page's bytes at once and for each of
+// their lines once: the same bytes by 128 at a time, from where the page begins, come a seventh
+// slower, and to some multiprocessors a third slower than to others. So does twice as much under
+// way.
 
 #include <cuda_runtime.h>
 
@@ -24,9 +27,10 @@ namespace resa::kernels::cuda {
 inline constexpr int kSketchThreads = 512;
 inline constexpr int kSketchWarps = kSketchThreads / 32;
 inline constexpr int kChunkSteps = 2;
+inline constexpr int kStepTurns = 2;  // Half a step is copied at a time.
+inline constexpr int kChunkTurns = kChunkSteps * kStepTurns;
 inline constexpr int kChunkTokens = kChunkSteps * kStepTokens;
 inline constexpr int kChunkQuarters = kChunkTokens / kQuarterTokens;
-inline constexpr int kSlots = 3;  // Of a warp's ring: planes under way.
 
 // A total over chunks, exact whatever the order of additions: in units of 2^-24 and 2^-74.
 struct Total {
@@ -69,47 +73,75 @@ struct SketchSource {
   }
 };
 
-// A warp's ring of planes: 16 bytes per lane and pair of words, then the scales of the step, which
-// come with its first plane.
-template <int kDim>
+// A warp's ring of turns, each half a step: two pages as they lie in the pool, the planes that are
+// read and the scales behind them.
+template <int kDim, int kPlanes>
 struct SketchRing {
-  static constexpr int kScalesAt = kDim / 64 * 512;
-  static constexpr int kSlotBytes = kScalesAt + kStepTokens * 2;
-  static constexpr int kBytes = kSlots * kSlotBytes;
+  static constexpr int kWordBytes = kPlanes * kDim * 2;  // Of a page.
+  static constexpr int kPageBytes = kWordBytes + kPageTokens * 2;
+  static constexpr int kSlotBytes = 2 * kPageBytes;
+  // About as many bytes whatever the planes; one more where masses leave room for it.
+  static constexpr int kLeastSlots = kPlanes == 1 ? 6 : kPlanes == 2 ? 3 : 2;
+  __host__ __device__ static constexpr int Bytes(bool one_more) {
+    return (kLeastSlots + (one_more ? 1 : 0)) * kSlotBytes;
+  }
 };
 
-// A lane's way to the words of a step. kList: the source has a list.
-template <int kDim, bool kList>
+// A warp's way to the words of a step. kList: the source has a list.
+// kAllPlanes: the pool has no others.
+template <int kDim, int kPlanes, bool kAllPlanes, bool kList>
 struct StepReader {
-  using Ring = SketchRing<kDim>;
+  using Ring = SketchRing<kDim, kPlanes>;
+  static constexpr int kLine = 128;
 
   const SketchSource& source;
-  const std::byte* words;  // The lane's, of page 0.
-  const std::byte* scales;
-  uint32_t scales_in_slot;  // From the lane's words to the scales of its row.
+  const std::byte* from;  // Of page 0, what the lane copies first,
+  uint32_t to;            // in a slot;
+  int first;              // in the page.
+  int last_page;
+  const uint64_t policy = EvictFirstPolicy();
+  const int32_t* pages;
 
-  __device__ __forceinline__ explicit StepReader(const SketchSource& from) : source(from) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int in_block = (1 << Shift()) - 1;
-    words = from.descriptors + lane % 4 / 2 * 64 + (Quarter() & in_block) * 16;
-    scales = from.descriptors + from.scales_at + (Quarter() & in_block) * 8;
-    scales_in_slot = Ring::kScalesAt + static_cast<uint32_t>(lane / 4 * 16 - lane * 16);
+  __device__ __forceinline__ explicit StepReader(const SketchSource& of)
+      : source(of), last_page((of.tokens - 1) / kPageTokens) {
+    // Kept: the compiler would work it out anew for each chunk.
+    asm volatile("mov.b64 %0, %1;" : "=l"(pages) : "l"(of.pages));
+    // Half a warp has a page, of which it copies 256 bytes at a time from where lines of 128 bytes
+    // begin: for all pages alike, so where pages are whole lines apart.
+    const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(of.descriptors) % kLine);
+    first = Lane() % 16 * 16 - past;
+    from = of.descriptors + first;
+    to = static_cast<uint32_t>(Lane() / 16 * Ring::kPageBytes + first);
   }
+
+  __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ __forceinline__ static int Quarter() {  // Of the step.
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    return lane / 4 * 2 + lane % 2;
+    return Lane() / 4 * 2 + Lane() % 2;
+  }
+  // Which of a step's turns has the lane's quarter.
+  __device__ __forceinline__ static int Turn() { return Lane() / 16; }
+  // In the slot of that turn, the lane's words and scales.
+  __device__ __forceinline__ static uint32_t WordsInSlot() {
+    return static_cast<uint32_t>(Lane() / 8 % 2 * Ring::kPageBytes + Lane() % 4 / 2 * 64 +
+                                 Quarter() % 4 * 16);
+  }
+  __device__ __forceinline__ static uint32_t ScalesInSlot() {
+    return static_cast<uint32_t>(Lane() / 8 % 2 * Ring::kPageBytes + Ring::kWordBytes +
+                                 Lane() / 4 % 2 * 16);
   }
   // Without a list the blocks may as well be pages.
   __device__ __forceinline__ int Shift() const { return kList ? source.quarter_shift : 2; }
 
   // Where the blocks of a chunk lie, block i of it in lane i: the page, with the quarter of the
-  // page in the upper bits.
-  __device__ __forceinline__ uint32_t Places(int chunk) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  // page in the upper bits. `turns`: of the chunk's beginning, the warp's next chunk following.
+  __device__ __forceinline__ uint32_t Places(int chunk, int end, int turns) const {
     const int per_chunk = kChunkQuarters >> Shift();
-    const int place = chunk * per_chunk + min(lane, per_chunk - 1);
+    const int block = min(Lane(), per_chunk - 1) + turns * (per_chunk / kChunkTurns);
+    // Behind the last chunk it is read again, to no use: cheaper than a question at each step.
+    const int of = min(chunk + block / per_chunk * kSketchWarps, end - 1);
+    const int place = of * per_chunk + block % per_chunk;
     if constexpr (!kList) {
-      return static_cast<uint32_t>(source.pages[min(place, (source.tokens - 1) / kPageTokens)]);
+      return static_cast<uint32_t>(__ldg(pages + min(place, last_page)));
     } else {
       const int quarter = __ldcg(source.list + min(place, source.blocks - 1)) << Shift();
       return static_cast<uint32_t>(source.pages[quarter / 4]) | static_cast<uint32_t>(quarter % 4)
@@ -117,49 +149,29 @@ struct StepReader {
     }
   }
 
-  // Asks for the scales of a step of the chunk with these places, into a slot of which `slot` is
-  // the lane's place. Returns where the lane's words are.
-  __device__ __forceinline__ const std::byte* CopyScales(uint32_t places, int step,
-                                                         uint32_t slot) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint32_t place = __shfl_sync(~0u, places, (step * 16 + Quarter()) >> Shift());
-    const uint32_t to = slot + scales_in_slot;
-    // The scales of quarters 2 r and 2 r + 1 follow each other, unless they are blocks of a list.
-    if (!kList || Shift() != 0) {
-      if (lane % 4 == 0) CopyAsync16(to, At(scales, place, 8));
-    } else if (lane % 4 < 2) {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to + lane % 4 * 8),
-                   "l"(At(scales, place, 8))
-                   : "memory");
-    }
-    return At(words, place, 16);
-  }
-  // Asks for a plane of the step.
-  __device__ __forceinline__ static void CopyPlane(const std::byte* step_words, int plane,
-                                                   uint32_t slot) {
-#pragma unroll
-    for (int pair = 0; pair < kDim / 64; ++pair) {
-      CopyAsync16(slot + pair * 512, step_words + plane * (kDim * 2) + pair * 128);
+  // Asks for a turn of the chunk with these places.
+  __device__ __forceinline__ void Copy(uint32_t places, int turn, uint32_t slot) const {
+    if constexpr (kList) {
+      CopyBlocks(places, turn, slot);
+    } else {
+      CopyPages(places, turn, slot);
     }
     CopyAsyncCommit();
   }
-  // What has come.
-  __device__ __forceinline__ static PlaneWords<kDim> ReadPlane(uint32_t slot) {
-    PlaneWords<kDim> words;
+  // What has come, at the lane's words.
+  __device__ __forceinline__ static void ReadWords(uint32_t at,
+                                                   PlaneWords<kDim> (&words)[kPlanes]) {
 #pragma unroll
-    for (int pair = 0; pair < kDim / 64; ++pair) words.pair[pair] = LoadShared16(slot + pair * 512);
-    return words;
-  }
-  __device__ __forceinline__ uint4 ReadScales(uint32_t slot) const {
-    return LoadShared16(slot + scales_in_slot);
-  }
-
-  __device__ __forceinline__ const std::byte* At(const std::byte* base, uint32_t place,
-                                                 int quarter_bytes) const {
-    const uint32_t page = kList ? place & 0x3fffffffu : place;
-    const std::byte* at;  // One instruction, which the compiler makes three of.
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(page), "r"(source.page_bytes), "l"(base));
-    return kList ? at + (place >> 30) * quarter_bytes : at;
+    for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+      for (int pair = 0; pair < kDim / 64; ++pair) {
+        const uint4 v = LoadShared16(at + p * kDim * 2 + pair * 128);
+        words[p].pair[pair][0] = v.x;
+        words[p].pair[pair][1] = v.y;
+        words[p].pair[pair][2] = v.z;
+        words[p].pair[pair][3] = v.w;
+      }
+    }
   }
   __device__ __forceinline__ static uint4 LoadShared16(uint32_t address) {
     uint4 v;
@@ -168,6 +180,56 @@ struct StepReader {
                  : "r"(address)
                  : "memory");
     return v;
+  }
+
+ private:
+  // What is at `of_first` in page 0.
+  __device__ __forceinline__ const std::byte* PageAt(uint32_t page,
+                                                     const std::byte* of_first) const {
+    const std::byte* at;  // One instruction, which the compiler makes three of.
+    asm("mad.wide.u32 %0, %1, %2, %3;"
+        : "=l"(at)
+        : "r"(page), "r"(source.page_bytes), "l"(of_first));
+    return at;
+  }
+
+  __device__ __forceinline__ void CopyPages(uint32_t places, int turn, uint32_t slot) const {
+    constexpr int kLines = 2 * kLine, kAlign = 32;
+    const std::byte* const page = PageAt(__shfl_sync(~0u, places, turn * 2 + Lane() / 16), from);
+#pragma unroll
+    for (int at = 0; at < Ring::kPageBytes + kLine - kAlign; at += kLines) {
+      const int least = at - (kLine - kAlign), most = at + kLines - 16;
+      if ((least >= 0 || first + at >= 0) &&
+          (most < Ring::kPageBytes || first + at < Ring::kPageBytes)) {
+        const bool scales =
+            !kAllPlanes && most >= Ring::kWordBytes && first + at >= Ring::kWordBytes;
+        const std::byte* const piece =
+            page + at + (scales ? source.scales_at - Ring::kWordBytes : 0);
+        CopyAsync16OfLine(slot + to + at, piece, policy);
+      }
+    }
+  }
+  // The blocks of a list, to where they would be in pages: each lane what it reads.
+  __device__ __forceinline__ void CopyBlocks(uint32_t places, int turn, uint32_t slot) const {
+    const uint32_t place = __shfl_sync(~0u, places, (turn / 2 * 16 + Quarter()) >> Shift());
+    if (Turn() != turn % 2) return;
+    const std::byte* const page = PageAt(place & 0x3fffffffu, source.descriptors);
+    const int quarter = static_cast<int>(place >> 30) + (Quarter() & ((1 << Shift()) - 1));
+    const std::byte* const from = page + Lane() % 4 / 2 * 64 + quarter * 16;
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+      for (int pair = 0; pair < kDim / 64; ++pair) {
+        const int at = p * kDim * 2 + pair * 128;
+        CopyAsync16(slot + WordsInSlot() + at, from + at);
+      }
+    }
+    if (Lane() % 4 < 2) {
+      asm volatile(
+          "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(slot + ScalesInSlot() + Lane() % 4 * 8),
+          "l"(page + source.scales_at + quarter * 8)
+          : "memory");
+    }
   }
 };
 
@@ -273,82 +335,76 @@ struct MassColumn {
   }
 };
 
-// The chunks of one warp: begin + warp, every kSketchWarps-th, up to end. The planes of their steps
+// The chunks of one warp: begin + warp, every kSketchWarps-th, up to end. The turns of their steps
 // go through the warp's ring, one after the other.
-template <int kDim, int kPlanes, bool kList>
+template <int kDim, int kPlanes, bool kAllPlanes, bool kList>
 struct ChunkStream {
-  using Ring = SketchRing<kDim>;
+  using Ring = SketchRing<kDim, kPlanes>;
   static constexpr bool kReadsList = kList;
-  static constexpr int kStepBytes = kPlanes * Ring::kSlotBytes;
-  static constexpr int kTurns = kChunkSteps * kPlanes;           // Planes of a chunk.
-  static constexpr int kAhead = (kTurns - 1 + kSlots) / kTurns;  // Chunks that copies go ahead.
+  static constexpr int kStepBytes = kStepTurns * Ring::kSlotBytes;
 
-  const StepReader<kDim, kList> reader;
+  const StepReader<kDim, kPlanes, kAllPlanes, kList> reader;
   int first;
   int end;
-  const uint32_t ring;          // The lane's place in the warp's first slot.
-  uint32_t places[kAhead + 1];  // Of the chunk that is scored, and of the warp's next ones.
-  const std::byte* step_words;  // Of the step that was asked for last.
+  const bool one_more;       // Slot.
+  const uint32_t ring;       // The warp's.
+  const uint32_t ring_last;  // Slot of it.
+  uint32_t first_places[2];  // Of the warp's first chunks.
+  uint32_t places;           // Of what is copied while a chunk is scored.
 
   __device__ __forceinline__ ChunkStream(const SketchSource& source, int begin, int end_chunk,
-                                         std::byte* rings)
+                                         std::byte* rings, bool more)
       : reader(source),
         first(begin + static_cast<int>(threadIdx.x) / 32),
         end(end_chunk),
-        ring(SharedAddress(rings) + static_cast<int>(threadIdx.x) / 32 * Ring::kBytes +
-             static_cast<int>(threadIdx.x) % 32 * 16) {}
+        one_more(more),
+        ring(SharedAddress(rings) + static_cast<int>(threadIdx.x) / 32 * Ring::Bytes(more)),
+        ring_last(ring + Ring::Bytes(more) - Ring::kSlotBytes) {}
 
+  __device__ __forceinline__ int Slots() const { return Ring::kLeastSlots + (one_more ? 1 : 0); }
   __device__ __forceinline__ void Move(int begin, int end_chunk) {
     first = begin + static_cast<int>(threadIdx.x) / 32;
     end = end_chunk;
   }
-  // Behind the last chunk it is read again, to no use: cheaper than a question at each step.
-  __device__ __forceinline__ uint32_t PlacesOf(int chunk) const {
-    return reader.Places(min(chunk, end - 1));
-  }
-  // Asks for a turn of the chunk that is scored or, counted on, of the warp's next ones: they come
-  // one after the other.
-  __device__ __forceinline__ void Copy(int turn, uint32_t slot) {
-    if (turn % kPlanes == 0) {
-      step_words = reader.CopyScales(places[turn / kTurns], turn / kPlanes % kChunkSteps, slot);
-    }
-    reader.CopyPlane(step_words, turn % kPlanes, slot);
-  }
   __device__ __forceinline__ void FindPlaces() {
     if (first >= end) return;
-#pragma unroll
-    for (int i = 0; i <= kAhead; ++i) places[i] = PlacesOf(first + i * kSketchWarps);
+    first_places[0] = reader.Places(first, end, 0);
+    if (Ring::kLeastSlots >= kChunkTurns) first_places[1] = reader.Places(first, end, kChunkTurns);
+    places = reader.Places(first, end, Slots());
   }
   __device__ __forceinline__ void Start() {
 #pragma unroll
-    for (int turn = 0; turn < kSlots; ++turn) {
+    for (int turn = 0; turn <= Ring::kLeastSlots; ++turn) {
+      if (turn == Ring::kLeastSlots && !one_more) break;
       if (first < end) {
-        Copy(turn, ring + turn * Ring::kSlotBytes);
+        reader.Copy(first_places[turn / kChunkTurns], turn % kChunkTurns,
+                    ring + turn * Ring::kSlotBytes);
       } else {
         CopyAsyncCommit();
       }
     }
   }
 
-  // One step beside the stream, through slots that are not the ring's: the lane's place in them.
+  // One step beside the stream, through slots that are not the ring's.
   __device__ __forceinline__ void CopyOne(uint32_t chunk_places, int step, uint32_t slots) const {
-    const std::byte* const from = reader.CopyScales(chunk_places, step, slots);
 #pragma unroll
-    for (int p = 0; p < kPlanes; ++p) reader.CopyPlane(from, p, slots + p * Ring::kSlotBytes);
+    for (int turn = 0; turn < kStepTurns; ++turn) {
+      reader.Copy(chunk_places, step * kStepTurns + turn, slots + turn * Ring::kSlotBytes);
+    }
   }
-  // kLater: how many planes have been asked for since.
-  template <int kLater, int kHeads>
+  // kStarted: the stream has been since.
+  template <bool kStarted, int kHeads>
   __device__ __forceinline__ void ReadOne(const SketchOperand<kDim, kHeads>& operand,
                                           uint32_t slots, SketchSums<kHeads>* sums,
                                           uint4* scales) const {
-    CopyAsyncWait<kLater>();
-    __syncwarp();
     PlaneWords<kDim> words[kPlanes];
-#pragma unroll
-    for (int p = 0; p < kPlanes; ++p) words[p] = reader.ReadPlane(slots + p * Ring::kSlotBytes);
-    sums->AddStep(words, operand);
-    *scales = reader.ReadScales(slots);
-    __syncwarp();
+    if constexpr (kStarted) {
+      Wait<Ring::kLeastSlots>();
+    } else {
+      CopyAsyncWait<0>();
+    }
+    Read(slots + reader.Turn() * Ring::kSlotBytes, words, scales);
+    sums->Compute(words, operand);
   }
 
   // Calls step(cut, sums, scales, j, left) for the steps j of each chunk, and chunk_end() behind a
@@ -373,35 +429,49 @@ struct ChunkStream {
   }
 
  private:
+  // Until at most kLater turns are under way, or one more.
+  template <int kLater>
+  __device__ __forceinline__ void Wait() const {
+    if (one_more) {
+      CopyAsyncWait<kLater + 1>();
+    } else {
+      CopyAsyncWait<kLater>();
+    }
+  }
+  // A step that has come, the lane's turn of it in `slot`. Other lanes have asked for its words;
+  // behind this the slots may be filled again.
+  __device__ __forceinline__ void Read(uint32_t slot, PlaneWords<kDim> (&words)[kPlanes],
+                                       uint4* scales) const {
+    __syncwarp();
+    reader.ReadWords(slot + reader.WordsInSlot(), words);
+    *scales = reader.LoadShared16(slot + reader.ScalesInSlot());
+    __syncwarp();
+  }
+  __device__ __forceinline__ uint32_t Next(uint32_t slot) const {
+    return slot == ring_last ? ring : slot + Ring::kSlotBytes;
+  }
+
   template <bool kCut, int kHeads, typename Step>
   __device__ __forceinline__ void RunChunk(int chunk, const SketchOperand<kDim, kHeads>& operand,
                                            const Step& step, uint32_t* slot) {
-    const uint32_t newest = PlacesOf(chunk + (kAhead + 1) * kSketchWarps);
+    const uint32_t newest = reader.Places(chunk + kSketchWarps, end, Slots());
 #pragma unroll
     for (int j = 0; j < kChunkSteps; ++j) {
+      const uint32_t second = Next(*slot);
       PlaneWords<kDim> words[kPlanes];
       uint4 scales;
-#pragma unroll
-      for (int p = 0; p < kPlanes; ++p) {
-        CopyAsyncWait<kSlots - 1>();
-        words[p] = reader.ReadPlane(*slot);
-        if (p == 0) {  // The scales, other lanes have asked for.
-          __syncwarp();
-          scales = reader.ReadScales(*slot);
-          __syncwarp();
-        }
-        Copy(j * kPlanes + p + kSlots, *slot);
-        *slot = *slot == ring + (kSlots - 1) * Ring::kSlotBytes ? ring : *slot + Ring::kSlotBytes;
-      }
+      Wait<Ring::kLeastSlots - kStepTurns>();
+      Read(reader.Turn() == 0 ? *slot : second, words, &scales);
+      reader.Copy(places, j * kStepTurns, *slot);
+      reader.Copy(places, j * kStepTurns + 1, second);
+      *slot = Next(second);
       SketchSums<kHeads> sums;
-      sums.AddStep(words, operand);
+      sums.Compute(words, operand);
       step(std::bool_constant<kCut>(), sums, scales, j,
            reader.source.tokens - chunk * kChunkTokens);
     }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) places[i] = places[i + 1];
     // Where it stands: the compiler would wait for the load where it begins.
-    asm volatile("mov.b32 %0, %1;" : "=r"(places[kAhead]) : "r"(newest));
+    asm volatile("mov.b32 %0, %1;" : "=r"(places) : "r"(newest));
   }
 };
 
@@ -413,8 +483,8 @@ __device__ __forceinline__ void CutStep(int j, int left, float (&scales)[8]) {
 
 // Masses of the blocks of a stream's chunks, to shared memory, and the CTA's totals of the heads.
 // kShift: the source's, or -1, for any.
-template <int kShift, int kDim, int kHeads, int kPlanes, bool kList>
-__device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& stream, int group,
+template <int kShift, typename Stream, int kDim, int kHeads>
+__device__ __forceinline__ void ScoreChunks(Stream& stream, int group,
                                             const SketchOperand<kDim, kHeads>& operand,
                                             const LaneHeads<kHeads>& heads,
                                             const MassMemory& memory, SketchScanShared& shared) {
@@ -427,15 +497,15 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
   const bool odd = (row & 1) != 0;
   // The head whose total the lane has: with two heads, each of a pair of lanes takes one of them.
   const int total_head = Columns::Head(0, kEach == 2 && odd ? 1 : 0);
-  const int chunk_blocks = kChunkQuarters >> shift;
+  const int step_blocks = 16 >> shift;
+  const int chunk_blocks = kChunkSteps * step_blocks;
   MassColumn<kEach> columns[kTiles];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const int head = Columns::Head(tile, 0);
     const int at = head * memory.stride + static_cast<int>(threadIdx.x) / 32 * chunk_blocks +
                    ((row * 2) >> shift);
-    const bool stores = head < group && (shift < 2 || !odd);
-    columns[tile].blocks = stores ? 16 >> shift : 0;
+    columns[tile].blocks = head < group && (shift < 2 || !odd) ? step_blocks : 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int of_head = head + i < group ? at + i * memory.stride : at;
@@ -466,16 +536,15 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
         chunk_sum[tile][i] += pair_sum[i];
       }
       if (shift == 0) {
-        columns[tile].Store(0, quarter_sum[tile][0]);
-        columns[tile].Store(1, quarter_sum[tile][1]);
+        columns[tile].Store(j * step_blocks, quarter_sum[tile][0]);
+        columns[tile].Store(j * step_blocks + 1, quarter_sum[tile][1]);
       } else {
         if (shift == 2) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) pair_sum[i] += __shfl_xor_sync(~0u, pair_sum[i], 4);
         }
-        columns[tile].Store(0, pair_sum);
+        columns[tile].Store(j * step_blocks, pair_sum);
       }
-      columns[tile].Advance(columns[tile].blocks);
     }
   };
   const auto chunk_end = [&] {
@@ -490,7 +559,7 @@ __device__ __forceinline__ void ScoreChunks(ChunkStream<kDim, kPlanes, kList>& s
       totals[tile].Add(sum);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) chunk_sum[tile][i] = 0;
-      columns[tile].Advance((kSketchWarps - 1) * kChunkSteps * columns[tile].blocks);
+      columns[tile].Advance(kSketchWarps * kChunkSteps * columns[tile].blocks);
     }
   };
   stream.Run(operand, step, chunk_end);

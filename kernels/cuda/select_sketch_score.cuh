@@ -4,15 +4,21 @@
 // Estimates of 64 tokens at a time from their few-bit codes, and the attention mass of those
 // estimates (kernels/sketch.h): a warp's arithmetic. What is scored when is in select_sketch.cu.
 //
-// Bits are not unpacked. A product with a sparse matrix, m16n8k64, says for every four columns of a
-// row which two of them are not zero: those two-bit indices are the codes. With -q, q of one
-// component and -q', q' of another in the four rows of the other operand, the pair of indices (b, 2
-// + b') picks the signed components of two bits b, b'. The matrix's values are all alike, 1 for the
-// lowest plane and twice that for each plane above it, so the planes of a token add up
+// Bits are not unpacked. A product with a sparse matrix, m16n8k64, has two values for every four
+// columns of a row, and a two-bit index for each that says which of them it stands in: those
+// indices are the codes. With -q - q', q - q', -q + q' and q + q' in the four rows of the other
+// operand, q of one component and q' of its neighbour, an index made of their two bits picks
+//   (2 bit - 1) q + (2 bit' - 1) q',
+// and the value that goes with it is 1 for the lowest plane and twice that for each plane above. So
+// one product takes two planes of 32 components, and the sums over planes and components,
 //   sum_p 2^(P - 1 - p) sum_j (2 bit_pj - 1) q_j  =  sum_j q_j level_j
-// in the accumulators of the tensor core. Every second bit of a word is in place already, and so
-// are those between them, for rows in another order (-q, -q', q, q'): one instruction makes the
-// indices of 16 components.
+// stay in the accumulators of the tensor core. A pair of planes takes its bits in turns from either
+// word, two instructions for 16 components; a plane that is left over is an index as it stands,
+// with the other value zero.
+//
+// Both indices of four columns may be the same here, which PTX leaves undefined: on sm_90 each is a
+// choice of its own among the four rows (measured with all 16 pairs, LOG.md), and the tests compare
+// every sum with float64.
 //
 // A step is 16 quarters of a page, four tokens each. Lane (r, c), r = lane / 4 and c = lane % 4,
 // gives the indices of row r (c even) or r + 8 (c odd) of the sparse matrix, of the first (c < 2)
@@ -47,9 +53,20 @@ inline constexpr float kSketchLargestFactor = 1e9f;
 inline constexpr float kSketchLeastFactor = 1e-14f;
 inline constexpr uint16_t kLargestScaleBits = 0x4e6f;  // The least bf16 that is not below 1e9.
 
-// The group's queries, rotated and rounded to s8. Heads past the group are zero.
+// Which of four columns' rows is whose: components a and b of a rotated query, rounded to s8.
+__device__ __forceinline__ uint32_t SketchQuad(int a, int b) {
+  const int rows[4] = {-a - b, a - b, b - a, a + b};  // kSketchQueryRange: they fit.
+  uint32_t quad = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) quad |= (static_cast<uint32_t>(rows[r]) & 0xffu) << (r * 8);
+  return quad;
+}
+
+// The group's queries, rotated and rounded, as the products take them (SketchOperand). Heads past
+// the group are zero.
 struct SketchQueries {
-  alignas(16) int8_t rounded[kMaxGroup][kMaxHeadDim];
+  // Of components 4 n + 2 half and the next, the n-th four of a pair of words: [n % 4][n / 4].
+  alignas(16) uint32_t quads[kMaxGroup][kMaxHeadDim / 64][2][4][4];
   float octaves[kMaxGroup];  // What a dot product times a token's scale is multiplied by.
 };
 
@@ -124,9 +141,12 @@ __device__ __forceinline__ void PrepareSketchQuery(const RawQuery<kDim>& q, int 
   const bool counts = total < kSketchLargestFactor && scale > kSketchLeastFactor;
   const float inverse = counts ? 1.0f / scale : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int value = counts ? __float2int_rn(x[i] * inverse) : 0;
-    queries->rounded[head][lane * kEach + i] = static_cast<int8_t>(value);
+  for (int i = 0; i < kEach; i += 2) {
+    const int a = counts ? __float2int_rn(x[i] * inverse) : 0;
+    const int b = counts ? __float2int_rn(x[i + 1] * inverse) : 0;
+    const int at = lane * kEach + i;
+    const int four = at % 64 / 4;
+    queries->quads[head][at / 64][at % 4 / 2][four % 4][four / 4] = SketchQuad(a, b);
   }
   if (lane == 0) {
     constexpr float kOctavesPerUnit = 1.44269504088896341f;
@@ -158,32 +178,26 @@ struct SketchColumns {
 };
 
 // A lane's part of the queries: the second operand of its products. Columns 4 g .. 4 g + 3 of the
-// sparse matrix are components (4 n, 4 n + 2), or those behind them (odd = 1), of word 2 pair + g /
-// 8, n = g % 8.
+// sparse matrix are components 4 n + 2 half and the next of word 2 pair + g / 8, n = g % 8.
 template <int kDim, int kHeads>
 struct SketchOperand {
   static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
   static constexpr int kPairs = kDim / 64;  // Of words.
-  uint32_t quads[kTiles][kPairs][2][4];     // [odd]
+  uint32_t quads[kTiles][kPairs][2][4];     // [half]
 
   __device__ __forceinline__ void Load(const SketchQueries& queries) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int head = SketchColumns<kHeads>::HeadOf(tile, lane / 4);
-      const int8_t* const q = queries.rounded[max(head, 0)];
-      const uint32_t mask = head < 0 ? 0u : 0xffu;
 #pragma unroll
-      for (int i = 0; i < kPairs * 8; ++i) {
-        const int pair = i / 8, odd = i / 4 % 2;
-        const int group = i % 4 * 4 + lane % 4;
-        const int first = pair * 64 + group / 8 * 32 + group % 8 * 4 + odd;
-        const int a = q[first], b = q[first + 2];
-        const int rows[4] = {-a, odd == 0 ? a : -b, odd == 0 ? -b : a, b};
-        uint32_t& quad = quads[tile][pair][odd][i % 4];
-        quad = 0;
+      for (int i = 0; i < kPairs * 2; ++i) {
+        const int pair = i / 2, half = i % 2;
+        const uint4 v =
+            *reinterpret_cast<const uint4*>(queries.quads[max(head, 0)][pair][half][lane % 4]);
+        const uint32_t loaded[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int r = 0; r < 4; ++r) quad |= (static_cast<uint32_t>(rows[r]) & mask) << (r * 8);
+        for (int k = 0; k < 4; ++k) quads[tile][pair][half][k] = head < 0 ? 0u : loaded[k];
       }
     }
   }
@@ -194,30 +208,35 @@ struct SketchOperand {
 // A plane of a step: the lane's word of each pair, of the four tokens of its quarter.
 template <int kDim>
 struct PlaneWords {
-  uint4 pair[kDim / 64];
+  uint32_t pair[kDim / 64][kQuarterTokens];
 };
 
-// The indices of every second bit of a word, two of them in each four bits: (b, 2 + b') of bits 0 2
-// 4 .., and (2 b, 1 + 2 b') of bits 1 3 5 ... One instruction: (word & bits) | others.
-template <int kOdd>
-__device__ __forceinline__ uint32_t SparseIndices(uint32_t word) {
-  uint32_t indices;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;"
-      : "=r"(indices)
-      : "r"(word), "r"(kOdd == 0 ? 0x55555555u : 0xaaaaaaaau),
-        "r"(kOdd == 0 ? 0x88888888u : 0x44444444u));
+// The indices of two planes, the upper one's first in each four bits: of the lower half of the
+// components under every four bits, or of the upper. The compiler would need one instruction more.
+template <int kHalf>
+__device__ __forceinline__ uint32_t SparseIndices(uint32_t upper, uint32_t lower) {
+  const uint32_t first = kHalf == 0 ? upper : upper >> 2;
+  const uint32_t second = kHalf == 0 ? lower << 2 : lower;
+  uint32_t indices;  // Where the mask has ones `first`, else `second`.
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(indices) : "r"(first), "r"(0x33333333u), "r"(second));
   return indices;
 }
 
-// sum += weight (the selected rows of b), weight in each byte. The indices of a pair may be in any
-// order, which is what tells this form of the instruction from ::ordered_metadata.
-__device__ __forceinline__ void MmaSparse(int (&sum)[4], uint32_t weight, const uint32_t (&b)[4],
-                                          uint32_t indices) {
+// The matrix's values, alike in all groups of four columns: that of the first index and the second.
+__device__ __forceinline__ constexpr uint32_t SparseValues(uint32_t first, uint32_t second) {
+  return (first | second << 8) * 0x00010001u;
+}
+
+// sum = from + the selected rows of b times the values. This form of the instruction, without
+// ::ordered_metadata, takes the indices of four columns in any order.
+__device__ __forceinline__ void MmaSparse(int (&sum)[4], const int (&from)[4], uint32_t values,
+                                          const uint32_t (&b)[4], uint32_t indices) {
   asm volatile(
       "mma.sp.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
-      "{%4, %4, %4, %4}, {%5, %6, %7, %8}, {%0, %1, %2, %3}, %9, 0x0;"
-      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-      : "r"(weight), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(indices));
+      "{%4, %4, %4, %4}, {%5, %6, %7, %8}, {%9, %10, %11, %12}, %13, 0x0;"
+      : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+      : "r"(values), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(from[0]), "r"(from[1]),
+        "r"(from[2]), "r"(from[3]), "r"(indices));
 }
 
 // The sums of q level of a step, over kSumOrigin. [tile][t][row * 2 + i]: token t of quarter 2 r +
@@ -227,43 +246,40 @@ struct SketchSums {
   static constexpr int kTiles = SketchColumns<kHeads>::kTiles;
   int sums[kTiles][kQuarterTokens][4];
 
-  __device__ __forceinline__ SketchSums() {
-#pragma unroll
-    for (int i = 0; i < kTiles * kQuarterTokens * 4; ++i) {
-      (&sums[0][0][0])[i] = static_cast<int>(kSumOrigin);
-    }
-  }
-
-  // A plane whose bits weigh `weight`. The products of four tokens take turns, since one that adds
-  // to the last waits for it.
-  template <int kDim>
-  __device__ __forceinline__ void Add(const PlaneWords<kDim>& words, int weight,
-                                      const SketchOperand<kDim, kHeads>& operand) {
+  // All planes of a step. The products of four tokens take turns, since one that adds to the last
+  // waits for it.
+  template <int kDim, int kPlanes>
+  __device__ __forceinline__ void Compute(const PlaneWords<kDim> (&words)[kPlanes],
+                                          const SketchOperand<kDim, kHeads>& operand) {
+    constexpr bool kPaired = kPlanes > 1;  // The upper two.
+    constexpr bool kSingle = kPlanes % 2 != 0;
 #pragma unroll
     for (int pair = 0; pair < kDim / 64; ++pair) {
-      const uint4& v = words.pair[pair];
-      const uint32_t of_token[kQuarterTokens] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
+      if constexpr (kPaired) {
+        constexpr uint32_t kValues = SparseValues(1u << (kPlanes - 1), 1u << (kPlanes - 2));
+        const auto& upper = words[0].pair[pair];
+        const auto& lower = words[1].pair[pair];
 #pragma unroll
         for (int t = 0; t < kQuarterTokens; ++t) {
-          const uint32_t indices =
-              odd == 0 ? SparseIndices<0>(of_token[t]) : SparseIndices<1>(of_token[t]);
+          Add(t, pair == 0, kValues, operand, pair, 0, SparseIndices<0>(upper[t], lower[t]));
+        }
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            MmaSparse(sums[tile][t], 0x01010101u * static_cast<uint32_t>(weight),
-                      operand.quads[tile][pair][odd], indices);
+        for (int t = 0; t < kQuarterTokens; ++t) {
+          Add(t, false, kValues, operand, pair, 1, SparseIndices<1>(upper[t], lower[t]));
+        }
+      }
+      if constexpr (kSingle) {
+        const auto& word = words[kPlanes - 1].pair[pair];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int t = 0; t < kQuarterTokens; ++t) {
+            Add(t, !kPaired && pair == 0 && half == 0, SparseValues(1 - half, half), operand, pair,
+                half, word[t]);
           }
         }
       }
     }
-  }
-  // All planes of a step.
-  template <int kDim, int kPlanes>
-  __device__ __forceinline__ void AddStep(const PlaneWords<kDim> (&words)[kPlanes],
-                                          const SketchOperand<kDim, kHeads>& operand) {
-#pragma unroll
-    for (int p = 0; p < kPlanes; ++p) Add(words[p], 1 << (kPlanes - 1 - p), operand);
   }
 
   // Calls use(tile, t, row, i, estimate) for each, the estimate before the head's factor.
@@ -283,6 +299,21 @@ struct SketchSums {
           }
         }
       }
+    }
+  }
+
+ private:
+  template <int kDim>
+  __device__ __forceinline__ void Add(int t, bool first, uint32_t values,
+                                      const SketchOperand<kDim, kHeads>& operand, int pair,
+                                      int half, uint32_t indices) {
+    constexpr int kOrigin = static_cast<int>(kSumOrigin);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      int(&sum)[4] = sums[tile][t];
+      const int from[4] = {first ? kOrigin : sum[0], first ? kOrigin : sum[1],
+                           first ? kOrigin : sum[2], first ? kOrigin : sum[3]};
+      MmaSparse(sum, from, values, operand.quads[tile][pair][half], indices);
     }
   }
 };

@@ -2,7 +2,8 @@
 #define RESA_KERNELS_CUDA_SELECT_SKETCH_SCORE_CUH_
 
 // Estimates of 64 tokens at a time from their few-bit codes, and the attention mass of those
-// estimates (kernels/sketch.h): a warp's arithmetic. What is scored when is in select_sketch.cu.
+// estimates (kernels/sketch.h): a warp's arithmetic. What is scored when is in
+// select_sketch_unit.cuh.
 //
 // Bits are not unpacked. A product with a sparse matrix, m16n8k64, has two values for every four
 // columns of a row, and a two-bit index for each that says which of them it stands in: those

@@ -19,7 +19,7 @@
 //
 // Both indices of four columns may be the same here, which PTX leaves undefined: on sm_90 each is a
 // choice of its own among the four rows (measured with all 16 pairs, LOG.md), and the tests compare
-// every sum with float64.
+// what is chosen with float64: a device where it is not so fails them.
 //
 // A step is 16 quarters of a page, four tokens each. Lane (r, c), r = lane / 4 and c = lane % 4,
 // gives the indices of row r (c even) or r + 8 (c odd) of the sparse matrix, of the first (c < 2)

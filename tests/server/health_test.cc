@@ -1,9 +1,15 @@
 #include "server/health.h"
 
 #include <atomic>
+#include <memory>
+#include <thread>
+#include <utility>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
+#include "engine/clock.h"
+#include "engine/engine.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -46,6 +52,54 @@ TEST(ProgressWatchTest, OldIdlenessDoesNotCountAgainstNewWork) {
   EXPECT_TRUE(watch.Update(Load(0, 0, 5), kStart));
   EXPECT_TRUE(watch.Update(Load(0, 0, 5), kStart + absl::Hours(1)));
   EXPECT_TRUE(watch.Update(Load(1, 0, 5), kStart + absl::Hours(1) + absl::Seconds(1)));
+}
+
+// A device that does not answer.
+class HangingExecutor final : public engine::Executor {
+ public:
+  absl::Notification entered, released;
+
+ private:
+  absl::Status DoExecute(const engine::StepInput& input, engine::StepOutput* output,
+                         absl::FunctionRef<void()> meanwhile) override {
+    meanwhile();
+    entered.Notify();
+    released.WaitForNotification();
+    for (const engine::SegmentInput& segment : input.segments) {
+      if (segment.sample.has_value()) output->samples.emplace_back();
+    }
+    return absl::OkStatus();
+  }
+};
+
+class SilentSink final : public engine::OutputSink {
+  void OnAccepted(int32_t, int32_t) override {}
+  bool OnDelta(const engine::Delta&) override { return true; }
+  void OnFinished(engine::Finished) override {}
+  void OnError(const absl::Status&) override {}
+};
+
+TEST(ProgressWatchTest, AnEngineThatHangsInItsFirstStepIsStuck) {
+  engine::EngineOptions options;
+  options.num_pages = 4;
+  options.limits = {.vocab_size = 10, .max_context = 64, .pool_tokens = 64};
+  HangingExecutor executor;
+  engine::RealClock clock;
+  engine::Engine engine(options, nullptr, &executor, &clock, nullptr);
+  auto request = std::make_unique<engine::Request>();
+  request->prompt = {1, 2, 3};
+  request->stop.max_tokens = 1;
+  request->sink = std::make_shared<SilentSink>();
+  ASSERT_TRUE(engine.Submit(std::move(request)).ok());
+
+  ProgressWatch watch(absl::Seconds(30));
+  EXPECT_TRUE(watch.Update(engine.Load(), kStart));
+  std::thread turns([&engine] { engine.Step(); });
+  executor.entered.WaitForNotification();
+  EXPECT_FALSE(watch.Update(engine.Load(), kStart + absl::Seconds(30)));
+  executor.released.Notify();
+  turns.join();
+  EXPECT_TRUE(watch.Update(engine.Load(), kStart + absl::Minutes(5)));
 }
 
 TEST(HealthMonitorTest, GoesFromLoadingToServingToDraining) {

@@ -109,8 +109,15 @@ TEST_F(ProcessTest, CheckSaysWhatWouldBeServedAndExits) {
   EXPECT_THAT(child->Stderr(), AnyOf(HasSubstr("attention: rectified, keep 0.1"),
                                      HasSubstr("attention: sparse, keep 0.1")));
   EXPECT_THAT(child->Stderr(), HasSubstr("attention chosen: at "));
-  EXPECT_THAT(child->Stderr(), HasSubstr("the limit of 25%"));
+  EXPECT_THAT(child->Stderr(), AnyOf(HasSubstr("the limit of 25%"),  // On a CPU; on a GPU:
+                                     HasSubstr("since matrix units")));
   EXPECT_THAT(child->Stderr(), HasSubstr("the settings and the model are good"));
+}
+
+TEST_F(ProcessTest, APoolThatCannotFitBesideTheWeightsIsWarnedOf) {
+  const auto child = RunResad({"--check", model(), "--device=cpu", "--pool-memory=64TiB"});
+  child->Wait();
+  EXPECT_THAT(child->Stderr(), HasSubstr("--pool-memory: 64.0 TiB is more than the "));
 }
 
 TEST_F(ProcessTest, WrongSettingsAndModelsEndItWithOneLine) {

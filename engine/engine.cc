@@ -1,11 +1,11 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "engine/output.h"
+#include "engine/status_macros.h"
 #include "kernels/check.h"
 
 namespace resa::engine {
@@ -57,8 +57,7 @@ absl::StatusOr<RequestId> Engine::Submit(std::unique_ptr<Request> request) {
   const RequestId id{next_id_.fetch_add(1, std::memory_order_relaxed)};
   request->id = id;
   request->arrival = clock_->Now();
-  status = inbox_.Push(std::move(request));
-  if (!status.ok()) return status;
+  RESA_RETURN_IF_ERROR(inbox_.Push(std::move(request)));
   return id;
 }
 
@@ -114,7 +113,7 @@ bool Engine::Step() {
   PostProcess(start);
   Retire();
   if (sequences_.empty()) Deliver();  // There is no next step to wait for.
-  ++steps_done_;
+  ++totals_.steps;
   PublishLoad();
   return true;
 }
@@ -319,7 +318,10 @@ void Engine::PostProcess(absl::Time start) {
     CountWork(sequence, segment.work, &report);
     Advance(sequence, segment.work);
     sequence->last_step = step_count_;
-    if (sequence->index == 0 && sequence->kv_len >= sequence->prompt_len) ForkSiblings(*sequence);
+    if (sequence->index == 0 && sequence->request->n > 1 &&
+        sequence->kv_len >= sequence->prompt_len) {
+      ForkSiblings(*sequence);
+    }
     if (sample == nullptr || sequence->done) continue;
     ++report.tokens_emitted;
     TakeToken(sequence, *sample);
@@ -466,7 +468,6 @@ void Engine::Retire() {
 }
 
 void Engine::PublishLoad() {
-  totals_.steps = steps_done_;
   totals_.waiting = static_cast<int32_t>(sequences_.size()) - totals_.running;
   totals_.pages_total = pool_.num_pages();
   totals_.pages_used = pool_.num_pages() - pool_.free_pages();

@@ -151,8 +151,7 @@ class Engine {
   absl::Status step_status_;
   int64_t step_count_ = 0;
   uint64_t next_order_ = 0;
-  EngineLoad totals_;  // What PublishLoad copies to load_.
-  int64_t steps_done_ = 0;
+  EngineLoad totals_;                 // What PublishLoad copies to load_.
   int32_t read_since_published_ = 0;  // Requests.
 
   mutable absl::Mutex load_mutex_;

@@ -1,7 +1,8 @@
 #include "engine/output.h"
 
-#include <algorithm>
 #include <utility>
+
+#include "absl/algorithm/container.h"
 
 namespace resa::engine {
 namespace {
@@ -14,16 +15,13 @@ void Fill(const kernels::SampleResult& sample, TokenLogprob* out) {
   }
 }
 
-bool Contains(absl::Span<const int32_t> ids, int32_t id) {
-  return std::find(ids.begin(), ids.end(), id) != ids.end();
-}
-
 // Whether the newest token, by its id, ends the output.
 bool IsStopToken(const Sequence& sequence, absl::Span<const int32_t> eos_ids) {
   const StopCriteria& stop = sequence.request->stop;
   if (sequence.forced()) return false;
   const int32_t token = sequence.tokens.back();
-  return Contains(stop.token_ids, token) || (!stop.ignore_eos && Contains(eos_ids, token));
+  return absl::c_linear_search(stop.token_ids, token) ||
+         (!stop.ignore_eos && absl::c_linear_search(eos_ids, token));
 }
 
 }  // namespace

@@ -1,6 +1,10 @@
 // How calls end early, wait, or fall behind; and how the daemon says what state it is in.
 
+#include <memory>
+#include <optional>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/time/clock.h"
 #include "gmock/gmock.h"
@@ -19,7 +23,6 @@ using ::grpc::health::v1::HealthCheckRequest;
 using ::grpc::health::v1::HealthCheckResponse;
 using ::resa::v1::GenerateRequest;
 using ::resa::v1::GenerateResponse;
-using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 // Runs until it is stopped, for all practical purposes.
@@ -328,6 +331,33 @@ TEST(LogTest, WarnsOfAnAddressThatTheNetworkReaches) {
   EXPECT_EQ(warnings("localhost"), 0);
 }
 
+// The states of a service as Health.Watch tells them.
+class HealthWatch {
+ public:
+  HealthWatch(TestServer* server, const std::string& service)
+      : health_(Health::NewStub(server->channel())) {
+    HealthCheckRequest request;
+    request.set_service(service);
+    reader_ = health_->Watch(&context_, request);
+  }
+  ~HealthWatch() {
+    context_.TryCancel();
+    reader_->Finish();
+  }
+
+  // The next state; nothing when the stream has ended.
+  std::optional<HealthCheckResponse::ServingStatus> Next() {
+    HealthCheckResponse response;
+    if (!reader_->Read(&response)) return std::nullopt;
+    return response.status();
+  }
+
+ private:
+  const std::unique_ptr<Health::Stub> health_;
+  grpc::ClientContext context_;
+  std::unique_ptr<grpc::ClientReader<HealthCheckResponse>> reader_;
+};
+
 TEST(HealthTest, TellsTheStateOfProcessAndServiceApart) {
   TestServer server;
   EXPECT_EQ(Check(&server, ""), HealthCheckResponse::SERVING);
@@ -337,14 +367,8 @@ TEST(HealthTest, TellsTheStateOfProcessAndServiceApart) {
 
 TEST(HealthTest, ComesUpWhenTheModelIsLoaded) {
   TestServer server({.load = false});
-  const auto health = Health::NewStub(server.channel());
-  grpc::ClientContext context;
-  HealthCheckRequest service;
-  service.set_service("resa.v1.InferenceService");
-  const auto watch = health->Watch(&context, service);
-  HealthCheckResponse response;
-  ASSERT_TRUE(watch->Read(&response));
-  EXPECT_EQ(response.status(), HealthCheckResponse::NOT_SERVING);
+  HealthWatch watch(&server, "resa.v1.InferenceService");
+  ASSERT_EQ(watch.Next(), HealthCheckResponse::NOT_SERVING);
   EXPECT_EQ(Check(&server, ""), HealthCheckResponse::SERVING);
   const Generation early = Generate(server.stub(), RequestFor("early", 5));
   EXPECT_EQ(early.status.error_code(), grpc::StatusCode::UNAVAILABLE);
@@ -356,12 +380,9 @@ TEST(HealthTest, ComesUpWhenTheModelIsLoaded) {
             grpc::StatusCode::UNAVAILABLE);
 
   server.LoadModel();
-  ASSERT_TRUE(watch->Read(&response));
-  EXPECT_EQ(response.status(), HealthCheckResponse::SERVING);
+  EXPECT_EQ(watch.Next(), HealthCheckResponse::SERVING);
   const Generation served = Generate(server.stub(), RequestFor("served", 5));
   EXPECT_TRUE(served.ok()) << served.Describe();
-  context.TryCancel();
-  watch->Finish();
 }
 
 // The services that reflection lists. The request and the answer are written out by hand: field 7
@@ -405,24 +426,15 @@ TEST(ReflectionTest, ListsTheServices) {
 TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
   TestServer server(RoomForEndless({"--drain-timeout=20s"}));
   // Health as a client sees it, from before to after.
-  std::vector<HealthCheckResponse::ServingStatus> seen;
-  const auto health = Health::NewStub(server.channel());
-  grpc::ClientContext watch_context;
-  HealthCheckRequest service;
-  service.set_service("resa.v1.InferenceService");
-  const auto watch = health->Watch(&watch_context, service);
-  HealthCheckResponse response;
-  ASSERT_TRUE(watch->Read(&response));
-  seen.push_back(response.status());
+  HealthWatch watch(&server, "resa.v1.InferenceService");
+  ASSERT_EQ(watch.Next(), HealthCheckResponse::SERVING);
 
   // Long enough to be still running when the draining starts.
   grpc::ClientContext context;
   const auto stream = server.stub().Generate(&context, RequestFor("finish me", 1500));
   ASSERT_TRUE(server.WaitForLoad([](const auto& load) { return load.running() == 1; }));
   std::thread drain([&] { server.daemon().Drain(); });
-  ASSERT_TRUE(watch->Read(&response));
-  seen.push_back(response.status());
-  EXPECT_THAT(seen, ElementsAre(HealthCheckResponse::SERVING, HealthCheckResponse::NOT_SERVING));
+  EXPECT_EQ(watch.Next(), HealthCheckResponse::NOT_SERVING);
   const Generation refused = Generate(server.stub(), RequestFor("too late", 5));
   EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
 
@@ -433,23 +445,16 @@ TEST(DrainTest, RunningStreamsFinishAndNewCallsAreRefused) {
   const absl::Time last_stream = absl::Now();
   drain.join();
   EXPECT_LT(absl::Now() - last_stream, absl::Seconds(5));
-  EXPECT_FALSE(watch->Read(&response));
-  watch->Finish();
+  EXPECT_EQ(watch.Next(), std::nullopt);
 }
 
 TEST(DrainTest, NothingRunningIsNothingToWaitFor) {
   TestServer server({.flags = {"--drain-timeout=20s"}});
-  const auto health = Health::NewStub(server.channel());
-  grpc::ClientContext watch_context;
-  HealthCheckRequest service;
-  service.set_service("no.such.Service");
-  const auto watch = health->Watch(&watch_context, service);
-  HealthCheckResponse response;
-  ASSERT_TRUE(watch->Read(&response));
+  HealthWatch watch(&server, "no.such.Service");
+  ASSERT_TRUE(watch.Next().has_value());
   const absl::Time start = absl::Now();
   server.daemon().Drain();
   EXPECT_LT(absl::Now() - start, absl::Seconds(5));
-  watch->Finish();
 }
 
 // A reader that takes nothing of what is ready for it costs the drain its whole time, and no more.

@@ -1,7 +1,6 @@
 #include "server/config.h"
 
 #include <fstream>
-#include <limits>
 #include <sstream>
 #include <utility>
 #include <vector>

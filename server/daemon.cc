@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "engine/invalid.h"
 #include "engine/status_macros.h"
 #include "grpcpp/grpcpp.h"
 #include "grpcpp/health_check_service_interface.h"
@@ -74,9 +75,7 @@ Daemon::~Daemon() { Shutdown(absl::ZeroDuration()); }
 
 absl::Status Daemon::CheckAddresses(const ListenOptions& listen, spdlog::logger* logger) {
   const absl::StatusOr<Reach> reach = ResolveListenAddress(listen.grpc_address);
-  if (!reach.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat("--listen: ", reach.status().message()));
-  }
+  if (!reach.ok()) return engine::Invalid("--listen: ", reach.status().message());
   if (*reach == Reach::kNetwork) {
     logger->warn(
         "--listen: {} can be reached from the network, without encryption and by anyone; let a "

@@ -11,7 +11,9 @@
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "civetweb.h"
+#include "engine/invalid.h"
 #include "engine/status_macros.h"
+#include "server/listen_address.h"
 
 namespace resa::server {
 
@@ -78,13 +80,6 @@ std::string WithoutName(const std::string& address) {
   return absl::ConsumePrefix(&port, "localhost:") ? absl::StrCat("127.0.0.1:", port) : address;
 }
 
-// The address itself, as "::1" or "127.0.0.1".
-std::string HostOf(const std::string& address) {
-  absl::string_view host = absl::string_view(address).substr(0, address.rfind(':'));
-  if (absl::ConsumePrefix(&host, "[")) absl::ConsumeSuffix(&host, "]");
-  return std::string(host);
-}
-
 }  // namespace
 
 absl::Status HttpServer::CheckAddress(const std::string& address) {
@@ -92,8 +87,7 @@ absl::Status HttpServer::CheckAddress(const std::string& address) {
   in6_addr ignored = {};
   if (inet_pton(AF_INET, host.c_str(), &ignored) == 1) return absl::OkStatus();
   if (inet_pton(AF_INET6, host.c_str(), &ignored) == 1) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("--http-listen: '", host, "' is neither an IP address nor localhost"));
+  return engine::Invalid("--http-listen: '", host, "' is neither an IP address nor localhost");
 }
 
 // civetweb sees the wish to stop only when its wait for connections ends, which takes up to two

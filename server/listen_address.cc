@@ -6,10 +6,9 @@
 #include <sys/socket.h>
 
 #include <memory>
-#include <string>
 
-#include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "engine/invalid.h"
 
 namespace resa::server {
 namespace {
@@ -25,16 +24,20 @@ bool IsLoopback(const sockaddr& address) {
 
 }  // namespace
 
-absl::StatusOr<Reach> ResolveListenAddress(absl::string_view address) {
+std::string HostOf(absl::string_view address) {
   absl::string_view host = address.substr(0, address.rfind(':'));
   if (absl::ConsumePrefix(&host, "[")) absl::ConsumeSuffix(&host, "]");
+  return std::string(host);
+}
+
+absl::StatusOr<Reach> ResolveListenAddress(absl::string_view address) {
+  const std::string host = HostOf(address);
   addrinfo hints = {};
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
-  const int error = getaddrinfo(std::string(host).c_str(), nullptr, &hints, &found);
+  const int error = getaddrinfo(host.c_str(), nullptr, &hints, &found);
   if (error != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("cannot resolve '", host, "': ", gai_strerror(error)));
+    return engine::Invalid("cannot resolve '", host, "': ", gai_strerror(error));
   }
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, &freeaddrinfo);
   for (const addrinfo* each = found; each != nullptr; each = each->ai_next) {

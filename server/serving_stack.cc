@@ -143,8 +143,8 @@ absl::StatusOr<int64_t> ServingStack::PoolPages(const Config& config, int32_t ma
   const int64_t left = available - demand.activation_bytes - demand.weight_bytes;
   if (*config.pool.bytes > left) {
     logger->warn(
-        "--pool-memory: {} is more than the {} that weights and activations leave: a full "
-        "pool will push out weights, or have this process killed",
+        "--pool-memory: {} is more than the {} that weights and activations leave: it may not be "
+        "had, push out weights, or have this process killed",
         FormatBytes(*config.pool.bytes), FormatBytes(std::max<int64_t>(0, left)));
   }
   return PoolPagesFor(page, *config.pool.bytes);
